@@ -1,0 +1,61 @@
+"""git for protein language models, and a memory for what they computed.
+
+The public names live in their rooms and are imported when first used: ``proteus --help`` loads neither torch nor DVC.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from proteus_pipeline.embeddings.cache import EmbeddingCache
+    from proteus_pipeline.embeddings.manifest import load_embeddings
+    from proteus_pipeline.errors import (
+        CacheInvalidationError,
+        CacheMemoryError,
+        ConfigError,
+        IntegrityError,
+        InvalidVersionError,
+        ModelError,
+        ProteusError,
+        SequenceError,
+        StaleLockError,
+        StorageError,
+        VersionConflictError,
+        VersionNotFoundError,
+    )
+    from proteus_pipeline.registry.versions import ModelVersionManager
+    from proteus_pipeline.serving.interface import ModelInterface
+
+_HOMES = {
+    "EmbeddingCache": "embeddings.cache",
+    "ModelInterface": "serving.interface",
+    "ModelVersionManager": "registry.versions",
+    "load_embeddings": "embeddings.manifest",
+}
+
+__all__ = [
+    "CacheInvalidationError",
+    "CacheMemoryError",
+    "ConfigError",
+    "EmbeddingCache",
+    "IntegrityError",
+    "InvalidVersionError",
+    "ModelError",
+    "ModelInterface",
+    "ModelVersionManager",
+    "ProteusError",
+    "SequenceError",
+    "StaleLockError",
+    "StorageError",
+    "VersionConflictError",
+    "VersionNotFoundError",
+    "load_embeddings",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES.get(name, 'errors')}"), name)

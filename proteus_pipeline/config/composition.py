@@ -1,0 +1,179 @@
+"""conf/ and params.yaml, composed by Hydra into typed settings, with the file and key of whatever is wrong.
+
+Hydra's own application wrapper is not used: under DVC it would skip stages whose settings changed, since DVC sees
+files, not compositions. One stage composes, and the others list the keys they use.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from proteus_pipeline.config.schema import Settings
+from proteus_pipeline.errors import ConfigError, ProteusError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+CONF = "conf"
+PARAMS = "params.yaml"
+# conf/model/ is the catalogue of weights, not a choice of settings: `model=` names a version.
+_NOT_A_GROUP = {"model"}
+
+
+@dataclass(frozen=True)
+class Composition:
+    """Typed settings, and where each came from."""
+
+    settings: Settings
+    origins: dict[str, str]
+
+    def origin(self, key: str) -> str:
+        """Return the file that set a dotted key."""
+        return self.origins.get(key, f"{CONF}/config.yaml")
+
+    def blame(self, error: ProteusError, key: str) -> ConfigError:
+        """Return an error about a key's value as one that names the key's file."""
+        return ConfigError(f"{self.origin(key)}: {key}: {error.what}", error.remedy)
+
+
+def read_params(path: Path) -> dict[str, Any]:
+    """Return params.yaml as it is; a missing file overrides nothing."""
+    return _read_yaml(path) if path.exists() else {}
+
+
+def compose(root: Path, params: Mapping[str, Any], params_name: str = PARAMS) -> Composition:
+    """Compose conf/ under `root`, and lay the keys of `params` that are not null over it.
+
+    A string where conf/ has a folder of that name chooses a file of it: ``data: mine`` takes conf/data/mine.yaml.
+
+    Raises
+    ------
+    ConfigError
+        For an unknown key, a missing value (``???``), a wrong type, a file that is no YAML or not there: one line
+        that names the file and the key.
+
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    conf = root / CONF
+    if not (conf / "config.yaml").is_file():
+        raise ConfigError(f"{conf}/config.yaml does not exist", "run this in a proteus project, or restore conf/ from git")
+    given = {key: value for key, value in _leaves(params) if value is not None}
+    chosen = {k: v for k, v in given.items() if isinstance(v, str) and k not in _NOT_A_GROUP and (conf / k).is_dir()}
+    composed = _hydra_compose(conf, chosen)
+    origins = _origins(conf, composed)
+    schema = OmegaConf.structured(Settings)
+    merged = schema
+    for key, value in _leaves(OmegaConf.to_container(composed, resolve=False)):
+        merged = _set(merged, key, value, origins.get(key, f"{CONF}/config.yaml"))
+    for key, value in given.items():
+        if key not in chosen:
+            merged = _set(merged, key, value, params_name)
+            origins[key] = params_name
+    try:
+        OmegaConf.resolve(merged)
+    except OmegaConfBaseException as error:
+        key = str(getattr(error, "full_key", "") or "")
+        where = origins.get(key, f"{CONF}/config.yaml")
+        raise ConfigError(f"{where}: {key}: {_first_line(error)}", "correct the ${...}") from error
+    for key in sorted(OmegaConf.missing_keys(merged)):
+        raise ConfigError(f"{origins.get(key, CONF)}: {key} has no value", f"set it there, or run with {key}=VALUE")
+    settings = OmegaConf.to_object(merged)
+    assert isinstance(settings, Settings)  # noqa: S101 - what OmegaConf.structured was given
+    return Composition(settings, origins)
+
+
+def _hydra_compose(conf: Path, chosen: Mapping[str, str]) -> DictConfig:
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    for group, option in chosen.items():
+        if not (conf / group / f"{option}.yaml").is_file():
+            options = ", ".join(sorted(p.stem for p in (conf / group).glob("*.yaml")))
+            raise ConfigError(f"{group}={option}: {CONF}/{group}/{option}.yaml does not exist", f"there are: {options}")
+    for path in sorted(conf.rglob("*.yaml")):
+        _read_yaml(path, f"{CONF}/{path.relative_to(conf).as_posix()}")
+    try:
+        with initialize_config_dir(str(conf.resolve()), version_base="1.3"):
+            return hydra_compose("config", [f"{group}={option}" for group, option in chosen.items()])
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(f"{CONF}/ can't be composed: {_first_line(error)}", "correct the defaults list") from error
+
+
+def _origins(conf: Path, composed: DictConfig) -> dict[str, str]:
+    """Return the file of each leaf: conf/config.yaml wins where it sets the key, as _self_ comes last."""
+    own = dict(_leaves(_read_yaml(conf / "config.yaml")))
+    origins: dict[str, str] = {}
+    defaults = own.pop("defaults", [])
+    files = {g: o for item in defaults if isinstance(item, dict) for g, o in item.items()}
+    for key, _ in _leaves(_plain(composed)):
+        group = key.split(".", 1)[0]
+        inside = f"{CONF}/{group}/{files.get(group, 'default')}.yaml"
+        origins[key] = f"{CONF}/config.yaml" if key in own or group not in files else inside
+    return origins
+
+
+def _set(merged: Any, key: str, value: Any, where: str) -> Any:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+    try:
+        OmegaConf.update(merged, key, value, merge=True)
+    except ConfigKeyError as error:
+        near = difflib.get_close_matches(key, known_keys(), n=1)
+        remedy = f"did you mean {near[0]}?" if near else "the keys are those of conf/"
+        raise ConfigError(f"{where}: {key} is no setting", remedy) from error
+    except (OmegaConfBaseException, TypeError, ValueError, AttributeError) as error:
+        if any(known.startswith(f"{key}.") for known in known_keys()):
+            raise ConfigError(f"{where}: {key} is a group of settings, not {value!r}", f"set one of its keys") from error
+        raise ConfigError(f"{where}: {key}: {_first_line(error)}", "correct its value") from error
+    return merged
+
+
+def known_keys() -> list[str]:
+    """Return every setting's dotted key."""
+    from omegaconf import OmegaConf
+
+    value = OmegaConf.to_container(OmegaConf.structured(Settings), resolve=False)
+    return [key for key, _ in _leaves(value)]
+
+
+def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping) and (value or not prefix):
+        for key, item in value.items():
+            yield from _leaves(item, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, value
+
+
+def _plain(config: DictConfig) -> Any:
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_container(config, resolve=False)
+
+
+def _read_yaml(path: Path, name: str | None = None) -> dict[str, Any]:
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"{name or path.name}{line} is no YAML", "correct it, or git checkout it") from error
+    except OSError as error:
+        raise ConfigError(f"{name or path} can't be read ({error.strerror})", "check its permissions") from error
+    if not isinstance(value, dict | None):
+        raise ConfigError(f"{name or path.name} holds no mapping", "write it as key: value")
+    return value or {}
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,83 @@
+"""Hydra overrides on the command line, and params.yaml, where they end up."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from proteus_pipeline.config.composition import compose, read_params
+from proteus_pipeline.errors import ConfigError
+
+
+def parse(overrides: Sequence[str]) -> dict[str, Any]:
+    """Return overrides as a nested mapping of plain values.
+
+    >>> parse(["embedding.layer=6", "data.fasta='my proteins.fa'"])
+    {'embedding': {'layer': 6}, 'data': {'fasta': 'my proteins.fa'}}
+
+    Raises
+    ------
+    ConfigError
+        When one breaks Hydra's grammar, adds or deletes keys, or is a sweep.
+
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    parser = OverridesParser.create()
+    nested: dict[str, Any] = {}
+    for text in overrides:
+        try:
+            override = parser.parse_override(text)
+        except HydraException as error:
+            raise ConfigError(
+                f"{text!r} is no Hydra override", "write KEY=VALUE, with quotes round a value that has spaces, commas or ="
+            ) from error
+        if override.is_sweep_override():
+            raise ConfigError(f"{text!r} is a sweep", f"quote the value, or queue the grid: dvc exp run --queue -S {text!r}")
+        if override.is_add() or override.is_force_add() or override.is_delete():
+            raise ConfigError(f"{text!r} adds or deletes a key", "the settings are fixed: KEY=VALUE")
+        *parents, leaf = override.key_or_group.split(".")
+        place = nested
+        for parent in parents:
+            place = place.setdefault(parent, {})
+            if not isinstance(place, dict):
+                raise ConfigError(f"{text!r} sets a key of a value set before", "leave one of the two out")
+        place[leaf] = override.value()
+    return nested
+
+
+def overlay(params: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return params with nested changes laid over them."""
+    merged = copy.deepcopy(dict(params))
+    for key, value in changes.items():
+        below = merged.get(key)
+        merged[key] = overlay(below, value) if isinstance(value, dict) and isinstance(below, dict) else value
+    return merged
+
+
+def write_params(root: Path, overrides: Sequence[str]) -> None:
+    """Check overrides, and write them to params.yaml by DVC's own function: the bytes that ``-S`` would write.
+
+    Raises
+    ------
+    ConfigError
+        When one is wrong; params.yaml is then as it was.
+
+    """
+    path = root / "params.yaml"
+    changes = parse(overrides)
+    compose(root, overlay(read_params(path), changes), "the command line")
+    if not overrides:
+        return
+    from dvc.exceptions import DvcException
+    from dvc.utils.hydra import apply_overrides
+    from hydra.errors import HydraException
+
+    try:
+        apply_overrides(str(path), list(overrides))
+    except (DvcException, HydraException) as error:
+        line = str(error).strip().splitlines()[0]
+        raise ConfigError(f"params.yaml does not take {' '.join(overrides)} ({line})", "git checkout params.yaml") from error

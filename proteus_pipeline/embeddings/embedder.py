@@ -1,0 +1,254 @@
+"""Embeddings of some sequences: from the cache where they are known, through the encoder where they are not."""
+
+from __future__ import annotations
+
+import datetime
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from proteus_pipeline.embeddings.cache import EmbeddingCache
+from proteus_pipeline.embeddings.index import Attestation
+from proteus_pipeline.embeddings.recipe import Recipe, windows
+from proteus_pipeline.embeddings.stored import content_hash, to_stored
+from proteus_pipeline.models.pooling import pool, pool_residues
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from proteus_pipeline.models.encoder import Encoder
+
+# A crash loses what is not yet published: at most this many bytes, or this many seconds of work.
+PUBLISH_BYTES = 128 << 20
+PUBLISH_SECONDS = 60.0
+
+
+class Progress(Protocol):
+    """Told how far the work is."""
+
+    def start(self, total: int, hits: int) -> None:
+        """Work begins: distinct sequences in all, and how many of them the cache had."""
+
+    def advance(self, sequences: int, tokens: int) -> None:
+        """Some more sequences were computed, of so many tokens."""
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """What a manifest says of one embedding."""
+
+    key: str
+    shape: tuple[int, ...]
+    stored: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What `embed` did.
+
+    Attributes
+    ----------
+    entries
+        One for each sequence asked for, in their order.
+    sequences, unique, hits, derived, computed
+        Counts; the last three add up to `unique`.
+    tokens
+        Tokens computed.
+    seconds
+        Wall time in all; `compute_seconds` of it in loading the model and encoding.
+    saved_seconds
+        What the hits took when they were computed.
+
+    """
+
+    entries: tuple[Embedded, ...]
+    sequences: int
+    unique: int
+    hits: int
+    derived: int
+    computed: int
+    tokens: int
+    seconds: float
+    compute_seconds: float
+    saved_seconds: float
+
+
+@dataclass
+class _Pending:
+    """Computed, and not yet published."""
+
+    keys: list[str] = field(default_factory=list)
+    arrays: list[NDArray[np.generic]] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    tokens: int = 0
+    since: float = field(default_factory=time.perf_counter)
+
+    @property
+    def due(self) -> bool:
+        size = sum(a.nbytes for a in self.arrays[-1:]) * len(self.arrays)
+        return size >= PUBLISH_BYTES or time.perf_counter() - self.since >= PUBLISH_SECONDS
+
+
+def embed(
+    sequences: Sequence[str],
+    *,
+    trunk: str,
+    recipe: Recipe,
+    cache: EmbeddingCache,
+    encoder: Callable[[], Encoder],
+    attest: Callable[[], tuple[str, str]],
+    token_budget: int = 2048,
+    progress: Progress | None = None,
+) -> Outcome:
+    """Make sure that the cache holds the embedding of every sequence.
+
+    Hits are read and checked, not only looked up: a damaged entry is computed again. What was computed is published as
+    it comes, and on any interruption, so that running again goes on where this stopped.
+
+    Parameters
+    ----------
+    sequences
+        Normalised; equal ones are computed once.
+    trunk
+        The trunk digest of the weights that `encoder` holds.
+    recipe
+        What to compute, and how to store it.
+    encoder
+        Makes the encoder; called only when something must be computed.
+    attest
+        Returns the device class and torch's version; called likewise.
+    token_budget
+        Tokens in one pass.
+    progress
+        Told how far the work is.
+
+    Raises
+    ------
+    StorageError
+        When the cache can't be read or written.
+
+    """
+    started = time.perf_counter()
+    keys = [recipe.key(trunk, s) for s in sequences]
+    by_key = dict(zip(keys, sequences, strict=True))
+    done: dict[str, Embedded] = {}
+    saved = 0.0
+    for entry, _ in cache.find(by_key):
+        done[entry.key] = Embedded(entry.key, entry.shape, entry.stored, entry.content)
+        saved += entry.seconds
+    hits = len(done)
+    missing = {key: s for key, s in by_key.items() if key not in done}
+    if progress:
+        progress.start(len(by_key), hits)
+    computing = time.perf_counter()
+    tokens = 0
+    if missing:
+        job = _Job(trunk, recipe, cache, encoder(), attest(), token_budget, progress)
+        tokens = job.run(missing, done)
+    now = time.perf_counter()
+    cache.record_use(hits, 0, len(missing))
+    return Outcome(
+        tuple(done[key] for key in keys),
+        sequences=len(sequences),
+        unique=len(by_key),
+        hits=hits,
+        derived=0,
+        computed=len(missing),
+        tokens=tokens,
+        seconds=now - started,
+        compute_seconds=now - computing,
+        saved_seconds=saved,
+    )
+
+
+@dataclass
+class _Job:
+    trunk: str
+    recipe: Recipe
+    cache: EmbeddingCache
+    encoder: Encoder
+    attested: tuple[str, str]
+    token_budget: int
+    progress: Progress | None
+
+    def run(self, missing: dict[str, str], done: dict[str, Embedded]) -> int:
+        pending = _Pending()
+        total = 0
+        try:
+            for key, array, length, tokens in self._compute(missing):
+                stored = to_stored(array, self.recipe.stored)
+                pending.keys.append(key)
+                pending.arrays.append(stored)
+                pending.lengths.append(length)
+                pending.tokens += tokens
+                total += tokens
+                done[key] = Embedded(key, stored.shape, self.recipe.stored, content_hash(stored, self.recipe.stored))
+                if self.progress:
+                    self.progress.advance(1, tokens)
+                if pending.due:
+                    publishing, pending = pending, _Pending()
+                    self._publish(publishing)
+        finally:
+            # Also on Ctrl-C or an error: what is finished is kept.
+            if pending.keys:
+                self._publish(pending)
+        return total
+
+    def _compute(self, missing: dict[str, str]) -> Iterator[tuple[str, NDArray[np.float32], int, int]]:
+        """Yield key, fp32 array, residues and tokens of each sequence as soon as its last window is done."""
+        recipe = self.recipe
+        parts, owners = [], []
+        spans = {key: windows(len(s), recipe.window, recipe.overlap) for key, s in missing.items()}
+        for key, sequence in missing.items():
+            for number, (start, end) in enumerate(spans[key]):
+                parts.append(sequence[start:end])
+                owners.append((key, number))
+        waiting: dict[str, dict[int, NDArray[np.float32]]] = {}
+        for index, hidden in self.encoder.encode(parts, [recipe.layer], self.token_budget):
+            key, number = owners[index]
+            length = len(missing[key])
+            if len(spans[key]) == 1:
+                yield key, pool(hidden[recipe.layer], recipe.pooling), length, length + 2
+                continue
+            # A copy: the batch that the rows are a view of would otherwise stay in memory until the last window.
+            waiting.setdefault(key, {})[number] = hidden[recipe.layer].copy()
+            if len(waiting[key]) == len(spans[key]):
+                windowed = waiting.pop(key)
+                tokens = sum(end - start + 2 for start, end in spans[key])
+                yield key, _merge(windowed, spans[key], recipe.pooling), length, tokens
+
+    def _publish(self, pending: _Pending) -> None:
+        device_class, torch_version = self.attested
+        attestation = Attestation(
+            device_class,
+            torch_version,
+            datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            round(time.perf_counter() - pending.since, 6),
+            pending.tokens,
+        )
+        self.cache.publish(
+            pending.keys, pending.arrays, pending.lengths, trunk=self.trunk, recipe=self.recipe, attestation=attestation
+        )
+
+
+def _merge(
+    hidden: dict[int, NDArray[np.float32]], spans: list[tuple[int, int]], pooling: str
+) -> NDArray[np.float32]:
+    """Return a windowed sequence's embedding: residues averaged over the windows they lie in, then pooled.
+
+    ``cls`` is the mean of the windows' start tokens.
+    """
+    ordered = [hidden[number] for number in range(len(spans))]
+    if pooling == "cls":
+        return pool_residues(np.stack([h[0] for h in ordered]), "mean")
+    length, width = spans[-1][1], ordered[0].shape[1]
+    total, count = np.zeros((length, width), dtype=np.float64), np.zeros((length, 1))
+    for (start, end), window in zip(spans, ordered, strict=True):
+        total[start:end] += window[1:-1]
+        count[start:end] += 1
+    residues = (total / count).astype(np.float32)
+    return residues if pooling == "per_residue" else pool_residues(residues, pooling)

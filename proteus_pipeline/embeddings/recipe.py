@@ -1,0 +1,104 @@
+"""What decides an embedding's numbers besides the weights and the sequence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from proteus_pipeline.errors import ConfigError
+from proteus_pipeline.identity import digests
+from proteus_pipeline.models.encoder import ENGINE_REVISION, NUMERICS, PRECISIONS
+from proteus_pipeline.models.pooling import POOLINGS
+
+STORED = ("fp32", "fp16", "bf16")
+_CHOICES = {"pooling": POOLINGS, "precision": PRECISIONS, "numerics": NUMERICS, "stored": STORED}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How an embedding is computed and stored.
+
+    Rules that are applied to a sequence before it is embedded (case, unknown residues, truncation) are no part of it:
+    they are told apart by the sequence that results, so that changing a rule that touches no protein of a file
+    recomputes nothing. Windows are, for the sequences that are longer than one window.
+
+    Attributes
+    ----------
+    layer
+        0 for the scaled token embedding, to the number of layers for the last, after the final norm.
+    pooling
+        ``mean``, ``cls``, ``max`` or ``per_residue``.
+    precision, numerics
+        As in `proteus_pipeline.models.encoder.Esm2Encoder`.
+    stored
+        ``fp32``, ``fp16`` or ``bf16``.
+    window, overlap
+        Residues of one window and shared by two, for longer sequences; 0 and 0 for none. Where windows overlap, a
+        residue's vector is the mean of its vectors.
+    engine
+        The encoder's revision.
+
+    """
+
+    layer: int
+    pooling: str = "mean"
+    precision: str = "fp32"
+    numerics: str = "strict"
+    stored: str = "fp32"
+    window: int = 0
+    overlap: int = 0
+    engine: int = ENGINE_REVISION
+
+    def __post_init__(self) -> None:
+        for field, allowed in _CHOICES.items():
+            if getattr(self, field) not in allowed:
+                value = getattr(self, field)
+                raise ConfigError(f"embedding.{field} is {value!r}", f"use one of {', '.join(allowed)}")
+        if self.layer < 0:
+            raise ConfigError(f"layer {self.layer} is not resolved", "use Recipe with a layer from 0; see resolve_layer")
+        if self.window and not 0 <= self.overlap < self.window:
+            raise ConfigError(f"data.overlap is {self.overlap}", f"use 0 to {self.window - 1}, below data.max_length")
+
+    def identity(self, length: int) -> dict[str, object]:
+        """Return what enters the key of a sequence of `length` residues."""
+        windowed = self.window and length > self.window
+        return {
+            "layer": self.layer,
+            "pooling": self.pooling,
+            "precision": self.precision,
+            "numerics": self.numerics,
+            "stored": self.stored,
+            "windows": [self.window, self.overlap] if windowed else None,
+            "engine": self.engine,
+        }
+
+    def key(self, trunk_digest: str, sequence: str) -> str:
+        """Return the embedding key of a normalised sequence, 32 hexadecimal digits."""
+        parts = [trunk_digest, self.identity(len(sequence)), digests.of_sequence(sequence)]
+        return digests.of_record("embedding", parts)
+
+
+def resolve_layer(layer: int, layers: int) -> int:
+    """Return a layer counted from 0, for one that may count from the end: -1 is the last of `layers`.
+
+    Raises
+    ------
+    ConfigError
+        When the model has no such layer.
+
+    """
+    resolved = layer if layer >= 0 else layers + 1 + layer
+    if not 0 <= resolved <= layers:
+        raise ConfigError(f"embedding.layer is {layer}, and the model has {layers} layers", f"use {-layers - 1} to {layers}")
+    return resolved
+
+
+def windows(length: int, window: int, overlap: int) -> list[tuple[int, int]]:
+    """Return the (start, end) of each window over a sequence; the last one ends with it.
+
+    >>> windows(25, window=10, overlap=4)
+    [(0, 10), (6, 16), (12, 22), (15, 25)]
+    """
+    if not window or length <= window:
+        return [(0, length)]
+    starts = [*range(0, length - window, window - overlap), length - window]
+    return [(start, start + window) for start in starts]

@@ -1,0 +1,62 @@
+"""What a model's tensors mean: the part of a digest that shapes alone do not say."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# fair-esm 2.0.0, esm.data.Alphabet.from_architecture("ESM-1b"): the alphabet of every ESM-2 checkpoint.
+ESM2_TOKENS = (
+    "<cls>", "<pad>", "<eos>", "<unk>",
+    *"LAGVSERTIDPKQNFYMHWCXBUZO", ".", "-", "<null_1>", "<mask>",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The shape and arithmetic of an ESM-2 encoder, and nothing else: names, dates and dropout rates stay out.
+
+    Attributes
+    ----------
+    layers, width, heads, ffn_width
+        Number of blocks, embedding dimension, attention heads, feed-forward dimension.
+    positions
+        How positions enter: ``rotary`` in every ESM-2.
+    token_dropout
+        Whether embeddings are scaled by 0.88 at inference, as training with 12% masks asks.
+    emb_layer_norm_before
+        Whether a layer norm follows the token embedding.
+    layer_norm_eps
+        As text, since it is part of a digest; ``1e-05`` in ESM-2.
+    tokens
+        The vocabulary, in the order of the embedding's rows.
+
+    """
+
+    layers: int
+    width: int
+    heads: int
+    ffn_width: int
+    positions: str = "rotary"
+    token_dropout: bool = True
+    emb_layer_norm_before: bool = False
+    layer_norm_eps: str = "1e-05"
+    tokens: tuple[str, ...] = ESM2_TOKENS
+
+    @property
+    def head_width(self) -> int:
+        return self.width // self.heads
+
+    def identity(self) -> dict[str, object]:
+        """Return what enters a component's digest."""
+        return {
+            "family": "esm2",
+            "layers": self.layers,
+            "width": self.width,
+            "heads": self.heads,
+            "ffn_width": self.ffn_width,
+            "positions": self.positions,
+            "token_dropout": self.token_dropout,
+            "emb_layer_norm_before": self.emb_layer_norm_before,
+            "layer_norm_eps": self.layer_norm_eps,
+            "tokens": list(self.tokens),
+        }

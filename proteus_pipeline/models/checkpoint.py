@@ -1,0 +1,187 @@
+"""A model's canonical tensors: Hugging Face's ESM names, whichever kind of file they came from.
+
+Two rules make equal models equal:
+
+* ``rotary_embeddings.inv_freq`` is data. Official checkpoints hold it rounded to fp16 and fair-esm loads it as it is;
+  recomputing it moves per-residue values by up to 0.04. It is kept for every layer, widened to fp32 (as every loader
+  does, without loss), and written out from the formula only where a file carries none.
+* What no forward pass reads is left out: ``position_ids``, the absolute ``position_embeddings`` that Hugging Face files
+  carry beside rotary ones, and a language-model decoder that is the token embedding again.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from proteus_pipeline.errors import ModelError
+from proteus_pipeline.identity import digests
+from proteus_pipeline.models.architecture import Architecture
+
+if TYPE_CHECKING:
+    import torch
+
+TRUNK = "trunk"
+EMBEDDING = "esm.embeddings.word_embeddings.weight"
+_LAYER = "esm.encoder.layer.{}."
+_INV_FREQ = "attention.self.rotary_embeddings.inv_freq"
+_UNUSED = re.compile(r"esm\.embeddings\.position_(ids|embeddings\.weight)")
+_NAME = re.compile(r"\w+(\.\w+)*", re.ASCII)
+_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64", "int64": "I64"}
+
+
+def dtype_name(tensor: torch.Tensor) -> str:
+    """Return safetensors' name of a tensor's dtype."""
+    name = str(tensor.dtype).removeprefix("torch.")
+    if name not in _DTYPES:
+        raise ModelError(
+            f"tensors of dtype {name} are not supported", "convert the weights to fp32, fp16 or bf16 first"
+        )
+    return _DTYPES[name]
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """Return a tensor's C-order bytes, without a copy where it is contiguous."""
+    import torch
+
+    return memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+
+
+def component_of(name: str) -> str:
+    """Return the component a canonical tensor belongs to.
+
+    >>> component_of("esm.encoder.layer.0.LayerNorm.bias"), component_of("classifier.dense.weight")
+    ('trunk', 'classifier')
+    """
+    if name.startswith(("esm.embeddings.", "esm.encoder.")):
+        return TRUNK
+    return name.removeprefix("esm.").split(".", 1)[0]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An architecture and its tensors by canonical name; tensors may be memory-mapped."""
+
+    architecture: Architecture
+    tensors: Mapping[str, torch.Tensor]
+
+    @cached_property
+    def tensor_digests(self) -> dict[str, str]:
+        """Each tensor's digest by name."""
+        return {
+            name: digests.of_tensor(dtype_name(tensor), tuple(tensor.shape), tensor_bytes(tensor))
+            for name, tensor in sorted(self.tensors.items())
+        }
+
+    @cached_property
+    def digests(self) -> dict[str, str]:
+        """Each component's digest by its name; ``trunk`` is always there."""
+        parts: dict[str, dict[str, str]] = {}
+        for name, digest in self.tensor_digests.items():
+            parts.setdefault(component_of(name), {})[name] = digest
+        identity = self.architecture.identity()
+        return {name: digests.of_component(name, identity, tensors) for name, tensors in sorted(parts.items())}
+
+    @property
+    def trunk_digest(self) -> str:
+        return self.digests[TRUNK]
+
+    @property
+    def model_digest(self) -> str:
+        return digests.of_model(self.digests)
+
+    def layer(self, index: int) -> dict[str, torch.Tensor]:
+        """Return one block's tensors, by their names within the block."""
+        prefix = _LAYER.format(index)
+        return {name.removeprefix(prefix): t for name, t in self.tensors.items() if name.startswith(prefix)}
+
+
+def canonical(architecture: Architecture, tensors: Mapping[str, torch.Tensor], origin: str) -> Checkpoint:
+    """Apply the two rules above, and check that the trunk is whole.
+
+    Parameters
+    ----------
+    architecture
+        What the tensors should fit.
+    tensors
+        By Hugging Face's names, with or without the ``esm.`` prefix.
+    origin
+        What to call the file in an error.
+
+    Raises
+    ------
+    ModelError
+        When a trunk tensor is missing, of another shape, or unknown.
+
+    """
+    named: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        if not _NAME.fullmatch(name):
+            raise ModelError(
+                f"{origin} has a tensor called {name[:60]!r}", "rename it: it becomes part of a file's name"
+            )
+        bare = name.startswith(("embeddings.", "encoder.", "contact_head.", "pooler."))
+        named[f"esm.{name}" if bare else name] = tensor
+    kept = {name: t for name, t in named.items() if not _UNUSED.fullmatch(name)}
+    decoder = kept.get("lm_head.decoder.weight")
+    embedding = kept.get(EMBEDDING)
+    if decoder is not None and embedding is not None and _same(decoder, embedding):
+        del kept["lm_head.decoder.weight"]
+    # Hugging Face stores the decoder's bias twice.
+    if "lm_head.bias" in kept and "lm_head.decoder.bias" in kept:
+        del kept["lm_head.decoder.bias"]
+    for index in range(architecture.layers):
+        name = _LAYER.format(index) + _INV_FREQ
+        kept[name] = kept[name].float() if name in kept else inv_freq(architecture)
+    _check_trunk(architecture, kept, origin)
+    return Checkpoint(architecture, dict(sorted(kept.items())))
+
+
+def inv_freq(architecture: Architecture) -> torch.Tensor:
+    """Return the rotary frequencies of the formula, (head_width / 2,) fp32: 10000^(-2i/d), RoFormer's equation 15."""
+    import torch
+
+    width = architecture.head_width
+    return 1.0 / (10000 ** (torch.arange(0, width, 2).float() / width))
+
+
+def trunk_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor a trunk of this architecture has, by canonical name."""
+    a, d, f = architecture, architecture.width, architecture.ffn_width
+    norm = lambda name: {f"{name}.weight": (d,), f"{name}.bias": (d,)}  # noqa: E731 - four uses, one line
+    linear = lambda name, o, i: {f"{name}.weight": (o, i), f"{name}.bias": (o,)}  # noqa: E731
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (len(a.tokens), d)} | norm("esm.encoder.emb_layer_norm_after")
+    if a.emb_layer_norm_before:
+        shapes |= norm("esm.embeddings.layer_norm")
+    for index in range(a.layers):
+        p = _LAYER.format(index)
+        for projection in ("query", "key", "value"):
+            shapes |= linear(f"{p}attention.self.{projection}", d, d)
+        shapes |= linear(f"{p}attention.output.dense", d, d) | norm(f"{p}attention.LayerNorm")
+        shapes |= linear(f"{p}intermediate.dense", f, d) | linear(f"{p}output.dense", d, f) | norm(f"{p}LayerNorm")
+        shapes[p + _INV_FREQ] = (a.head_width // 2,)
+    return shapes
+
+
+def _check_trunk(architecture: Architecture, tensors: Mapping[str, torch.Tensor], origin: str) -> None:
+    wanted = trunk_shapes(architecture)
+    found = {name: tuple(t.shape) for name, t in tensors.items() if component_of(name) == TRUNK}
+    remedy = "give an ESM-2 checkpoint: a fair-esm .pt, or a Hugging Face folder with config.json"
+    if missing := sorted(wanted.keys() - found.keys()):
+        raise ModelError(f"{origin} lacks {len(missing)} of ESM-2's tensors, {missing[0]} first", remedy)
+    if unknown := sorted(found.keys() - wanted.keys()):
+        raise ModelError(f"{origin} has {len(unknown)} tensors ESM-2 does not know, {unknown[0]} first", remedy)
+    for name, shape in wanted.items():
+        if found[name] != shape:
+            raise ModelError(
+                f"{origin}: {name} has shape {found[name]}, and its configuration asks for {shape}", remedy
+            )
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    import torch
+
+    return a.dtype == b.dtype and torch.equal(a, b)

@@ -1,0 +1,206 @@
+"""Reading a checkpoint from whichever files hold it. No path here runs code from a file: pickles are read weights-only."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from proteus_pipeline.errors import ModelError, StorageError
+from proteus_pipeline.models.architecture import ESM2_TOKENS, Architecture
+from proteus_pipeline.models.checkpoint import Checkpoint, canonical
+
+if TYPE_CHECKING:
+    import torch
+
+INDEX = "model.safetensors.index.json"
+_GIVE = "give a fair-esm .pt, or a Hugging Face folder, .safetensors or .bin with config.json beside it"
+
+# fair-esm 2.0.0's names within one block, and Hugging Face's.
+_BLOCK = {
+    "self_attn.q_proj": "attention.self.query",
+    "self_attn.k_proj": "attention.self.key",
+    "self_attn.v_proj": "attention.self.value",
+    "self_attn.out_proj": "attention.output.dense",
+    "self_attn.rot_emb": "attention.self.rotary_embeddings",
+    "self_attn_layer_norm": "attention.LayerNorm",
+    "fc1": "intermediate.dense",
+    "fc2": "output.dense",
+    "final_layer_norm": "LayerNorm",
+}
+_OUTSIDE = {
+    "embed_tokens.": "esm.embeddings.word_embeddings.",
+    "emb_layer_norm_after.": "esm.encoder.emb_layer_norm_after.",
+    "contact_head.": "esm.contact_head.",
+}
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read a fair-esm ``.pt``, a Hugging Face folder, or one of its weight files, as canonical tensors.
+
+    Raises
+    ------
+    StorageError
+        When there is nothing to read at `path`.
+    ModelError
+        When what is there is no ESM-2 checkpoint, or asks to run code.
+
+    """
+    if path.is_dir():
+        return read_folder(
+            {p.relative_to(path).as_posix(): p for p in sorted(path.rglob("*")) if p.is_file()}, str(path)
+        )
+    if not path.exists():
+        raise StorageError(f"{path} does not exist", _GIVE)
+    if path.suffix == ".pt":
+        return _read_fair_esm(path)
+    siblings = {p.name: p for p in sorted(path.parent.iterdir()) if p.is_file() and p.suffix in {".json", ".txt"}}
+    siblings.pop(INDEX, None)
+    weights = "model.safetensors" if path.suffix == ".safetensors" else "pytorch_model.bin"
+    return read_folder({**siblings, weights: path}, str(path))
+
+
+def read_folder(files: Mapping[str, Path], origin: str) -> Checkpoint:
+    """Read a folder in Hugging Face's layout, from its files' places by their names in it.
+
+    The files need not lie together: a version's lie in the DVC cache, under their content's names.
+    """
+    if "config.json" not in files:
+        raise ModelError(f"{origin} has no config.json", _GIVE)
+    architecture = _hf_architecture(_read_json(files["config.json"]), files.get("vocab.txt"), origin)
+    if INDEX in files:
+        weight_map = _read_json(files[INDEX]).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ModelError(f"{origin}: {INDEX} has no weight_map", _GIVE)
+        tensors: dict[str, torch.Tensor] = {}
+        for shard in sorted(set(weight_map.values())):
+            if shard not in files:
+                raise ModelError(f"{origin}: {INDEX} names {shard}, which is not there", "fetch the missing shard")
+            tensors |= _read_safetensors(files[shard])
+        if lost := sorted(weight_map.keys() - tensors.keys()):
+            raise ModelError(f"{origin}: {lost[0]} is not in the shard {INDEX} names", "fetch the folder again")
+    elif "model.safetensors" in files:
+        tensors = _read_safetensors(files["model.safetensors"])
+    elif "pytorch_model.bin" in files:
+        tensors = _tensors(_read_pickle(files["pytorch_model.bin"]), files["pytorch_model.bin"])
+    else:
+        raise ModelError(f"{origin} has no model.safetensors, {INDEX} or pytorch_model.bin", _GIVE)
+    return canonical(architecture, tensors, origin)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} is no JSON file ({error})", "fetch it again") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path} holds no JSON object", "fetch it again")
+    return value
+
+
+def _hf_architecture(config: Mapping[str, Any], vocab: Path | None, origin: str) -> Architecture:
+    if config.get("model_type") != "esm":
+        raise ModelError(f"{origin}: config.json says model_type {config.get('model_type')!r}, not 'esm'", _GIVE)
+    if config.get("is_folding_model"):
+        raise ModelError(f"{origin} is ESMFold, whose trunk is not supported", "register the ESM-2 it was built on")
+    # The defaults are transformers' EsmConfig's: save_pretrained may leave a key out that has its default value.
+    positions = str(config.get("position_embedding_type", "absolute"))
+    if positions != "rotary":
+        raise ModelError(f"{origin} has {positions} positions, and ESM-2 has rotary ones", _GIVE)
+    tokens = tuple(vocab.read_text(encoding="utf-8").split()) if vocab else ESM2_TOKENS
+    if config.get("vocab_size") != len(tokens):
+        raise ModelError(
+            f"{origin}: config.json says {config.get('vocab_size')} tokens, and the vocabulary has {len(tokens)}",
+            "put the model's own vocab.txt beside config.json",
+        )
+    try:
+        return Architecture(
+            layers=int(config.get("num_hidden_layers", 12)),
+            width=int(config.get("hidden_size", 768)),
+            heads=int(config.get("num_attention_heads", 12)),
+            ffn_width=int(config.get("intermediate_size", 3072)),
+            positions=positions,
+            token_dropout=bool(config.get("token_dropout", False)),
+            emb_layer_norm_before=bool(config.get("emb_layer_norm_before")),
+            layer_norm_eps=repr(float(config.get("layer_norm_eps", 1e-12))),
+            tokens=tokens,
+        )
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"{origin}: config.json has a value of the wrong type ({error})", _GIVE) from error
+
+
+def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path} is no readable safetensors file ({error})", "fetch it again") from error
+
+
+def _read_pickle(path: Path) -> Any:
+    import torch
+
+    try:
+        # fair-esm's files hold their arguments as a Namespace, which weights_only refuses unless it is named.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            try:
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            except RuntimeError as error:
+                if "mmap" not in str(error):
+                    raise
+                return torch.load(path, map_location="cpu", weights_only=True)  # written before torch 1.6
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"{path} is no checkpoint that can be read without running its code ({reason[:160]})",
+            "save its state_dict with torch.save, or as safetensors",
+        ) from error
+
+
+def _tensors(value: Any, path: Path) -> dict[str, torch.Tensor]:
+    import torch
+
+    if not isinstance(value, dict):
+        raise ModelError(f"{path} holds {type(value).__name__}, not a state_dict", _GIVE)
+    return {str(name): t for name, t in value.items() if isinstance(t, torch.Tensor)}
+
+
+def _read_fair_esm(path: Path) -> Checkpoint:
+    data = _read_pickle(path)
+    if not (isinstance(data, dict) and isinstance(data.get("model"), dict) and isinstance(data.get("cfg"), dict)):
+        raise ModelError(f"{path} is no ESM-2 checkpoint of fair-esm (a dict with 'model' and 'cfg')", _GIVE)
+    cfg = data["cfg"].get("model")
+    try:
+        layers, width, heads = int(cfg.encoder_layers), int(cfg.encoder_embed_dim), int(cfg.encoder_attention_heads)
+        token_dropout = bool(cfg.token_dropout)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ModelError(f"{path}: its cfg is not an ESM-2's ({error})", _GIVE) from error
+    tensors = _tensors(data["model"], path)
+    regression = path.with_name(f"{path.stem}-contact-regression.pt")
+    if regression.exists():
+        tensors |= _tensors(_read_pickle(regression).get("model"), regression)
+    # fair-esm fixes these: ffn 4 x width, layer norm eps 1e-5, the ESM-1b alphabet (esm/model/esm2.py).
+    architecture = Architecture(layers, width, heads, 4 * width, token_dropout=token_dropout)
+    return canonical(architecture, {fair_esm_to_hf(name): t for name, t in tensors.items()}, str(path))
+
+
+def fair_esm_to_hf(name: str) -> str:
+    """Translate a tensor's name in a fair-esm ESM-2 checkpoint.
+
+    >>> fair_esm_to_hf("encoder.sentence_encoder.layers.3.self_attn.k_proj.weight")
+    'esm.encoder.layer.3.attention.self.key.weight'
+    """
+    bare = re.sub(r"^encoder\.(sentence_encoder\.)?", "", name)
+    if found := re.fullmatch(r"layers\.(\d+)\.(.+)\.(\w+)", bare):
+        index, inner, leaf = found.groups()
+        return f"esm.encoder.layer.{index}.{_BLOCK.get(inner, inner)}.{leaf}"
+    for old, new in _OUTSIDE.items():
+        if bare.startswith(old):
+            return new + bare.removeprefix(old)
+    return "lm_head.decoder.weight" if bare == "lm_head.weight" else bare

@@ -1,0 +1,42 @@
+"""The ``artifacts:`` section of dvc.yaml, by which gto and ``dvc artifacts`` find a model's weights."""
+
+from __future__ import annotations
+
+import io
+from pathlib import PurePosixPath
+from typing import Any
+
+from proteus_pipeline.errors import StorageError
+
+
+def _load(text: str) -> tuple[Any, Any]:
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    yaml = YAML()
+    yaml.width = 120
+    try:
+        value = yaml.load(text) or {}
+    except YAMLError as error:
+        raise StorageError("dvc.yaml at HEAD is no YAML", "mend it and commit") from error
+    if not isinstance(value, dict):
+        raise StorageError("dvc.yaml at HEAD holds no mapping", "mend it and commit")
+    return yaml, value
+
+
+def declares_artifact(dvc_yaml: str, name: str) -> bool:
+    """Say whether a dvc.yaml's text names the model's folder as an artifact."""
+    _, value = _load(dvc_yaml)
+    entry = (value.get("artifacts") or {}).get(name)
+    return isinstance(entry, dict) and PurePosixPath(str(entry.get("path"))) == PurePosixPath("models", name)
+
+
+def declare_artifact(dvc_yaml: str, name: str) -> str:
+    """Return a dvc.yaml's text with the model among its artifacts; comments and order stay."""
+    if declares_artifact(dvc_yaml, name):
+        return dvc_yaml
+    yaml, value = _load(dvc_yaml)
+    value.setdefault("artifacts", {})[name] = {"path": f"models/{name}", "type": "model"}
+    out = io.StringIO()
+    yaml.dump(value, out)
+    return out.getvalue()

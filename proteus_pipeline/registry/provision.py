@@ -1,0 +1,177 @@
+"""Making a version usable where it is not yet: its tag, its weights, or both, from where the catalogue says they come."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from proteus_pipeline.errors import IntegrityError, VersionConflictError, VersionNotFoundError
+from proteus_pipeline.identity.names import Reference
+from proteus_pipeline.registry.events import parse_tag
+from proteus_pipeline.registry.git import Git, GitError
+from proteus_pipeline.registry.records import VersionRecord, read_record
+from proteus_pipeline.registry.versions import ModelVersion, ModelVersionManager
+from proteus_pipeline.registry.weights import DvcCache, Pointer
+
+if TYPE_CHECKING:
+    from proteus_pipeline.models.checkpoint import Checkpoint
+    from proteus_pipeline.models.sources import FetchedWeights, ModelEntry
+
+_REMOTE_TIMEOUT_S = 15.0
+Progress = Callable[[int, int | None], None]
+
+
+@dataclass(frozen=True)
+class _Fetched:
+    """Weights on their way into the registry."""
+
+    name: str
+    weights: FetchedWeights
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        from proteus_pipeline.models.reading import read_checkpoint
+
+        return read_checkpoint(self.weights.path)
+
+    @property
+    def source(self) -> Mapping[str, Any]:
+        return {"origin": self.weights.origin, "sha256": dict(self.weights.sha256)}
+
+
+def provide(
+    manager: ModelVersionManager,
+    reference: str,
+    catalogue: Mapping[str, ModelEntry],
+    *,
+    progress: Progress | None = None,
+    force: bool = False,
+) -> ModelVersion:
+    """Return an exact version with its weights in the DVC cache, fetched and tagged when it is not there.
+
+    Parameters
+    ----------
+    manager
+        The registry.
+    reference
+        ``NAME@vX.Y.Z``, or floating, which must be registered already.
+    catalogue
+        Where weights come from, by model name: the files of conf/model/.
+    progress
+        Called with bytes done and bytes in all while files are fetched.
+    force
+        Fetch and store the weights again, though they seem to be there.
+
+    Raises
+    ------
+    VersionNotFoundError
+        When it is neither registered nor in the catalogue.
+    StorageError
+        When its weights can't be fetched.
+    IntegrityError
+        When what was fetched is not what the committed pointer or the tag says.
+
+    """
+    wanted = Reference.parse(reference)
+    try:
+        version = manager.resolve(reference)
+    except VersionNotFoundError:
+        entry = catalogue.get(wanted.name)
+        if not wanted.exact or entry is None or wanted.selector not in entry.versions:
+            raise
+        return _register(manager, entry, wanted, progress)
+    if force or DvcCache(manager.root).files(version.pointer) is None:
+        _restore(manager, version, catalogue, progress)
+    _materialise(manager, version)
+    return version
+
+
+def _register(
+    manager: ModelVersionManager, entry: ModelEntry, wanted: Reference, progress: Progress | None
+) -> ModelVersion:
+    model = _fetch(manager, entry, wanted, progress)
+    committed = _committed_pointer(manager.root, wanted.name)
+    _adopt_remote_tag(Git(manager.root), wanted, model.checkpoint.model_digest)
+    metadata = {"description": entry.description, "licence": entry.licence}
+    version = manager.register_version(model, wanted.selector, metadata, reason=f"fetched from {model.weights.origin}")
+    if committed and len(entry.versions) == 1 and committed.md5 != version.pointer.md5:
+        raise IntegrityError(
+            f"the weights from {model.weights.origin} are not those models/{wanted.name}.dvc points to "
+            f"({version.pointer.md5} against {committed.md5})",
+            f"git tag -d '{version.tag}', then git checkout models/{wanted.name}.dvc or register them as a new version",
+        )
+    _materialise(manager, version)
+    return version
+
+
+def _fetch(manager: ModelVersionManager, entry: ModelEntry, wanted: Reference, progress: Progress | None) -> _Fetched:
+    from proteus_pipeline.models.sources import fetch
+
+    folder = manager.root / ".proteus" / "downloads" / wanted.name / wanted.selector
+    return _Fetched(wanted.name, fetch(entry.versions[wanted.selector], folder, progress))
+
+
+def _restore(
+    manager: ModelVersionManager,
+    version: ModelVersion,
+    catalogue: Mapping[str, ModelEntry],
+    progress: Progress | None,
+) -> None:
+    """Put the weights of a tagged version back into the cache, from its source, and only if they are the same."""
+    entry = catalogue.get(version.name)
+    if entry is None or version.version not in entry.versions:
+        version.checkpoint  # noqa: B018 - raises the error that says what is missing and what to do
+        return
+    model = _fetch(manager, entry, Reference.parse(version.reference), progress)
+    found, known = model.checkpoint.model_digest, version.record.model_digest if version.record else None
+    if known is not None and found != known:
+        raise IntegrityError(
+            f"{model.weights.origin} no longer gives the weights of {version.reference}: digest {found}, tagged {known}",
+            "fetch them from a DVC remote or a colleague who has them",
+        )
+    manager.store_weights(version.name, model.checkpoint)
+
+
+def _adopt_remote_tag(git: Git, wanted: Reference, digest: str) -> None:
+    """Take a remote's tag of this version where it is of the same weights: then every clone has the same tag.
+
+    A remote that can't be reached is no error: tags are made offline too.
+    """
+    tag = str(wanted)
+    for remote in (git.try_run("remote") or "").split():
+        incoming = f"refs/proteus/incoming/{tag}"
+        with contextlib.suppress(GitError):
+            refspec = f"+refs/tags/{tag}:{incoming}"
+            git.run("fetch", "--quiet", "--no-tags", remote, refspec, timeout_s=_REMOTE_TIMEOUT_S)
+            record = _record_at(git, incoming, tag)
+            oid = git.run("rev-parse", incoming)
+            git.run("update-ref", "-d", incoming)
+            if record is None or record.model_digest != digest:
+                raise VersionConflictError(
+                    f"{tag} on {remote} has other weights: {record.model_digest if record else 'no record'}, here {digest}",
+                    "fetch that tag, or register these weights as a new version",
+                )
+            git.run("update-ref", f"refs/tags/{tag}", oid, "0" * 40)
+            return
+
+
+def _record_at(git: Git, ref: str, tag: str) -> VersionRecord | None:
+    kind = parse_tag(tag)
+    message = git.run("for-each-ref", "--format=%(contents)", ref)
+    return read_record(message, tag) if kind else None
+
+
+def _committed_pointer(root: Path, name: str) -> Pointer | None:
+    text = Git(root).read("HEAD", f"models/{name}.dvc")
+    return Pointer.parse(text, f"models/{name}.dvc") if text else None
+
+
+def _materialise(manager: ModelVersionManager, version: ModelVersion) -> None:
+    """Write models/NAME/ when the working tree's own pointer asks for this version and the folder is not there."""
+    path = manager.root / "models" / f"{version.name}.dvc"
+    if path.is_file() and path.read_text(encoding="utf-8") == version.pointer.text():
+        DvcCache(manager.root).checkout(version.pointer, path.with_suffix(""))
