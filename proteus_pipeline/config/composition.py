@@ -60,7 +60,7 @@ def compose(root: Path, params: Mapping[str, Any], params_name: str = PARAMS) ->
 
     """
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
+    from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
     conf = root / CONF
     if not (conf / "config.yaml").is_file():
@@ -77,14 +77,14 @@ def compose(root: Path, params: Mapping[str, Any], params_name: str = PARAMS) ->
         if key not in chosen:
             merged = _set(merged, key, value, params_name)
             origins[key] = params_name
-    try:
-        OmegaConf.resolve(merged)
-    except OmegaConfBaseException as error:
-        key = str(getattr(error, "full_key", "") or "")
+    for key in known_keys():
         where = origins.get(key, f"{CONF}/config.yaml")
-        raise ConfigError(f"{where}: {key}: {_first_line(error)}", "correct the ${...}") from error
-    for key in sorted(OmegaConf.missing_keys(merged)):
-        raise ConfigError(f"{origins.get(key, CONF)}: {key} has no value", f"set it there, or run with {key}=VALUE")
+        try:
+            OmegaConf.select(merged, key, throw_on_missing=True)
+        except MissingMandatoryValue as error:
+            raise ConfigError(f"{where}: {key} has no value", f"set it there, or run with {key}=VALUE") from error
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"{where}: {key}: {_first_line(error)}", "correct the ${...}") from error
     settings = OmegaConf.to_object(merged)
     assert isinstance(settings, Settings)  # noqa: S101 - what OmegaConf.structured was given
     return Composition(settings, origins)
@@ -134,7 +134,7 @@ def _set(merged: Any, key: str, value: Any, where: str) -> Any:
         raise ConfigError(f"{where}: {key} is no setting", remedy) from error
     except (OmegaConfBaseException, TypeError, ValueError, AttributeError) as error:
         if any(known.startswith(f"{key}.") for known in known_keys()):
-            raise ConfigError(f"{where}: {key} is a group of settings, not {value!r}", f"set one of its keys") from error
+            raise ConfigError(f"{where}: {key} is a group of settings, not {value!r}", "set one of its keys") from error
         raise ConfigError(f"{where}: {key}: {_first_line(error)}", "correct its value") from error
     return merged
 

@@ -1,0 +1,38 @@
+"""``proteus embed``: embeddings of any FASTA file, through the cache and outside DVC."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+
+def add_to(verbs: Any) -> None:
+    this = verbs.add_parser(
+        "embed",
+        help="embed a FASTA file, outside the pipeline",
+        description="Embed FASTA with the project's settings and OVERRIDES; params.yaml and the pipeline stay as they are.",
+    )
+    this.add_argument("fasta", type=Path, metavar="FASTA")
+    this.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides, such as embedding.pooling=cls")
+    this.add_argument("-o", "--output", type=Path, help="write the embeddings to a .npz file or a .zarr folder")
+    this.add_argument("--json", action="store_true", help="print the counts as JSON")
+    this.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> int:
+    from proteus_pipeline.cli.progress import EmbeddingProgress
+    from proteus_pipeline.cli.stage import told
+    from proteus_pipeline.stages.adhoc import embed_file
+    from proteus_pipeline.stages.embed import summary
+    from proteus_pipeline.stages.project import Project
+
+    with EmbeddingProgress("embed") as progress:
+        outcome = embed_file(Project.find(), args.fasta, args.overrides, args.output, progress)
+    if args.json:
+        import json
+
+        print(json.dumps(summary(outcome)))
+    else:
+        print(told(outcome) + (f", written to {args.output}" if args.output else ""))
+    return 0

@@ -1,0 +1,79 @@
+"""``proteus``: thin verbs, and the one place where errors become exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from proteus_pipeline.cli import cache, embed, model, run, stage
+from proteus_pipeline.errors import ProteusError
+
+_EPILOG = """\
+examples:
+  proteus run                                     run the pipeline; what is known is not computed again
+  proteus run embedding.layer=4 probe.folds=10    with other choices, which params.yaml then holds
+  proteus embed my.fasta -o my.npz                embeddings of a file of your own
+  proteus model list                              versions of the models
+
+exit codes: 0 ok, 1 error, 2 usage, 3 drift or stale, 4 integrity, 5 conflict
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the whole command line."""
+    top = argparse.ArgumentParser(
+        prog="proteus",
+        description="git for protein language models, and a memory for what they computed",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument("--version", action="store_true", help="print the version and exit")
+    top.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    verbs = top.add_subparsers(dest="verb", metavar="VERB")
+    for module in (run, embed, model, cache, stage):
+        module.add_to(verbs)
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return its exit code."""
+    logging.basicConfig(format="warning: %(message)s", level=logging.WARNING)
+    top = parser()
+    args = top.parse_args(argv)
+    if args.version:
+        from importlib.metadata import version
+
+        print(f"proteus {version('proteus_pipeline')}")
+        return 0
+    if not hasattr(args, "run"):
+        top.print_help()
+        return 2
+    try:
+        code: int = args.run(args)
+        sys.stdout.flush()
+    except ProteusError as error:
+        if args.debug:
+            raise
+        print(f"proteus: {' '.join(str(error).split())}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("proteus: interrupted; what was finished is kept, run it again to go on", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of a pipe (head) has gone: nothing is wrong here, and nobody is left to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        if args.debug:
+            raise
+        name = f" {error.filename}" if error.filename else ""
+        print(f"proteus:{name}: {error.strerror or error}; --debug shows where", file=sys.stderr)
+        return 1
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,87 @@
+"""Progress: a bar on a terminal, a plain line now and then elsewhere. On stderr, so that output can be piped."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
+    from rich.progress import TaskID
+
+_LINE_EVERY_S = 10.0
+
+
+class EmbeddingProgress:
+    """Sequences done, tokens a second, and time left; use as a context manager."""
+
+    def __init__(self, label: str) -> None:
+        self._label = label
+        self._bar: Bar | None = None
+        self._task: TaskID | None = None
+        self._total = self._hits = self._done = self._tokens = 0
+        self._began = self._said = time.perf_counter()
+
+    def start(self, total: int, hits: int) -> None:
+        self._total, self._hits = total, hits
+        self._began = self._said = time.perf_counter()
+        if total == hits:
+            return
+        if sys.stderr.isatty():
+            self._start_bar()
+        else:
+            self._say(f"{self._label}: {total} distinct sequences, {hits} known, {total - hits} to compute")
+
+    def advance(self, sequences: int, tokens: int) -> None:
+        self._done += sequences
+        self._tokens += tokens
+        now = time.perf_counter()
+        rate = self._tokens / max(now - self._began, 1e-9)
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, advance=sequences, rate=f"{rate:,.0f} tokens/s")
+        elif now - self._said >= _LINE_EVERY_S:
+            self._said = now
+            todo = self._total - self._hits
+            left = (now - self._began) / self._done * (todo - self._done)
+            self._say(f"{self._label}: {self._done} of {todo} computed, {rate:,.0f} tokens/s, {left:.0f} s left")
+
+    def _start_bar(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._bar = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(), console=Console(stderr=True),
+        )  # fmt: skip
+        self._bar.start()
+        self._task = self._bar.add_task(f"{self._label} ({self._hits} known)", total=self._total - self._hits, rate="")
+
+    @staticmethod
+    def _say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+class DownloadProgress:
+    """Bytes fetched, as a line at the start and at every tenth."""
+
+    def __init__(self, label: str) -> None:
+        self._label = label
+        self._tenth = -1
+
+    def __call__(self, done: int, total: int | None) -> None:
+        tenth = int(10 * done / total) if total else done // (64 << 20)
+        if tenth != self._tenth:
+            self._tenth = tenth
+            of = f" of {total / 1e6:,.0f}" if total else ""
+            print(f"{self._label}: {done / 1e6:,.0f}{of} MB", file=sys.stderr, flush=True)

@@ -1,0 +1,46 @@
+"""``proteus stage NAME``: what dvc.yaml calls."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from proteus_pipeline.embeddings.embedder import Outcome
+
+NAMES = ("compose", "prepare", "embed", "probe", "compare", "report")
+
+
+def add_to(verbs: Any) -> None:
+    this = verbs.add_parser("stage", help="run one stage of the pipeline; dvc.yaml calls this")
+    this.add_argument("name", choices=NAMES)
+    this.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> int:
+    from proteus_pipeline.cli.progress import DownloadProgress, EmbeddingProgress
+    from proteus_pipeline.stages.project import Project
+
+    module = importlib.import_module(f"proteus_pipeline.stages.{args.name}")
+    project = Project.find()
+    if args.name == "compose":
+        module.run(project, DownloadProgress("fetching weights"))
+    elif args.name in {"embed", "compare"}:
+        with EmbeddingProgress(args.name) as progress:
+            outcome = module.run(project, progress)
+        if outcome is not None:
+            print(told(outcome))
+    else:
+        module.run(project)
+    return 0
+
+
+def told(outcome: Outcome) -> str:
+    """Return an outcome as a sentence."""
+    text = (
+        f"{outcome.sequences} sequences: {outcome.hits} hits, {outcome.derived} derived, "
+        f"{outcome.computed} computed in {outcome.seconds:.1f} s"
+    )
+    twins = outcome.sequences - outcome.unique
+    return f"{text} ({twins} of them equal to another)" if twins else text

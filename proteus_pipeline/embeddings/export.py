@@ -1,0 +1,87 @@
+"""Embeddings in a file of their own, by sequence id."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from proteus_pipeline.embeddings.cache import EmbeddingCache
+from proteus_pipeline.embeddings.embedder import Embedded
+from proteus_pipeline.embeddings.stored import to_fp32
+from proteus_pipeline.errors import ConfigError, StorageError
+from proteus_pipeline.stores.files import atomic_path
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+KINDS = (".npz", ".zarr")
+
+
+def check_target(path: Path) -> None:
+    """Make sure that `path` can be written, before anything is computed.
+
+    Raises
+    ------
+    ConfigError
+        For a kind of file that is not known.
+    StorageError
+        When its folder does not exist.
+
+    """
+    if path.suffix not in KINDS:
+        raise ConfigError(f"{path} is no kind of file to write embeddings to", f"end its name in {' or '.join(KINDS)}")
+    if not path.parent.is_dir():
+        raise StorageError(f"{path.parent} does not exist", "create it first")
+
+
+def export(path: Path, cache: EmbeddingCache, ids: Sequence[str], entries: Sequence[Embedded]) -> None:
+    """Write embeddings as fp32, by id: (D,) or (L, D) each.
+
+    A ``.npz`` holds one array an id. A ``.zarr`` group holds ``ids`` in its attributes and, pooled, one (N, D) array
+    ``embeddings``; per residue, one array an id in the group ``embeddings``. What was at `path` is replaced at the end.
+
+    Raises
+    ------
+    StorageError
+        When an embedding is gone from the cache, or the file can't be written.
+
+    """
+    import numpy as np
+
+    by_key = {entry.key: to_fp32(array, entry.stored) for entry, array in cache.find(e.key for e in entries)}
+    if missing := [i for i, e in zip(ids, entries, strict=True) if e.key not in by_key]:
+        raise StorageError(f"the embedding of {missing[0]} is gone from {cache.path}", "run the command again")
+    arrays = {i: by_key[e.key] for i, e in zip(ids, entries, strict=True)}
+    if path.suffix == ".npz":
+        with atomic_path(path) as temporary, temporary.open("wb") as file:
+            np.savez(file, **arrays)
+    else:
+        _write_zarr(path, arrays)
+
+
+def _write_zarr(path: Path, arrays: dict[str, NDArray[np.float32]]) -> None:
+    import numpy as np
+    import zarr
+
+    temporary = path.with_name(f".tmp-{path.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        group = zarr.open_group(temporary, mode="w-")
+        group.attrs["ids"] = list(arrays)
+        if next(iter(arrays.values())).ndim == 1:
+            group.create_array("embeddings", data=np.stack(list(arrays.values())))
+        else:
+            inner = group.create_group("embeddings")
+            for number, array in enumerate(arrays.values()):
+                # Ids may hold any character; a number is a safe name, and ids has the order.
+                inner.create_array(str(number), data=array)
+        if path.exists():
+            shutil.rmtree(path)
+        temporary.rename(path)
+    except OSError as error:
+        raise StorageError(f"{path} can't be written ({error.strerror})", "free space, or choose another place") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,47 @@
+"""``proteus embed``: one FASTA file through the cache, with the project's settings, outside DVC."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from proteus_pipeline.config.composition import PARAMS, compose, read_params
+from proteus_pipeline.config.overrides import overlay, parse
+from proteus_pipeline.embeddings.embedder import Outcome, Progress
+from proteus_pipeline.embeddings.export import check_target, export
+from proteus_pipeline.errors import ConfigError
+from proteus_pipeline.sequences.fasta import read_fasta
+from proteus_pipeline.sequences.rules import clean
+from proteus_pipeline.stages.compose import resolve, rules_of
+from proteus_pipeline.stages.embed import embed_records
+from proteus_pipeline.stages.project import Project
+
+
+def embed_file(
+    project: Project, fasta: Path, overrides: Sequence[str], output: Path | None, progress: Progress | None = None
+) -> Outcome:
+    """Embed a FASTA file, and write the embeddings to `output` where one is given.
+
+    Raises
+    ------
+    ConfigError
+        When an override is wrong or the output's kind is not known; before any work.
+    SequenceError
+        When the file can't be used.
+
+    """
+    if output is not None:
+        check_target(output)
+    changes = parse(overrides)
+    if "fasta" in (changes.get("data") or {}):
+        raise ConfigError("the FASTA file is given twice", "leave data.fasta= out")
+    # The file is named from where the user stands, not from the project's root.
+    here = overlay(changes, {"data": {**(changes.get("data") or {}), "fasta": str(fasta.absolute()), "labels": None}})
+    composition = compose(project.work, overlay(read_params(project.work / PARAMS), here), "the command line")
+    composition.settings.data.labels = None
+    composed = resolve(project, composition)
+    records, _ = clean(read_fasta(fasta), rules_of(composed["data"]))
+    outcome = embed_records(project, composed, "embed", records, progress)
+    if output is not None:
+        export(output, project.cache(composed), [r.id for r in records], outcome.entries)
+    return outcome

@@ -1,0 +1,213 @@
+"""compose: params.yaml, conf/ and the registry become composed.yaml, which the other stages list their keys of.
+
+It holds digests and no commit ids: the same choices give the same bytes, whichever way they were made. DVC can't see
+what it depends on (tags, and files that the configuration names), so dvc.yaml has it run always; that is cheap, and a
+stage after it runs only when a key it uses changed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from proteus_pipeline.config.composition import PARAMS, Composition, compose, read_params
+from proteus_pipeline.embeddings.recipe import Recipe, resolve_layer
+from proteus_pipeline.errors import ConfigError, ProteusError, StorageError, VersionNotFoundError
+from proteus_pipeline.identity import digests
+from proteus_pipeline.identity.names import Reference
+from proteus_pipeline.models.encoder import ENGINE_REVISION
+from proteus_pipeline.registry.lock import Locked, read_lock, resolve_locked
+from proteus_pipeline.registry.provision import provide
+from proteus_pipeline.sequences.rules import Rules
+from proteus_pipeline.stages.probing import ProbeSettings
+from proteus_pipeline.stages.project import COMPOSED, Project
+from proteus_pipeline.stores.files import storage_error, write_atomic
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from proteus_pipeline.config.schema import DataSettings
+    from proteus_pipeline.registry.versions import ModelVersion
+
+SCHEMA = 1
+LOCK = "models.lock"
+_NO_MODEL = {"reference": None, "name": None, "version": None, "digest": None, "trunk_digest": None}
+
+
+def run(project: Project, progress: Callable[[int, int | None], None] | None = None) -> None:
+    """Write composed.yaml."""
+    composition = compose(project.work, read_params(project.work / PARAMS))
+    value = resolve(project, composition, progress)
+    write_atomic(project.work / COMPOSED, yaml.safe_dump(value, sort_keys=False, allow_unicode=True).encode())
+    models = {name: stage["model"]["reference"] for name, stage in value["stages"].items()}
+    project.record("compose", models=models)
+
+
+def resolve(
+    project: Project, composition: Composition, progress: Callable[[int, int | None], None] | None = None
+) -> dict[str, Any]:
+    """Return what composed.yaml holds: the settings with every reference, layer and input file pinned down.
+
+    Raises
+    ------
+    ConfigError
+        When a value is wrong, naming its file and key; before any work.
+
+    """
+    settings = composition.settings
+    if settings.engine != "local":
+        raise composition.blame(ConfigError(f"{settings.engine!r} is no engine", "use local"), "engine")
+    _check_ranges(composition)
+    stages = {
+        name: _stage(project, composition, name, getattr(settings.stages, name).model, progress)
+        for name in ("embed", "compare")
+    }
+    return {
+        "schema": SCHEMA,
+        "engine_revision": ENGINE_REVISION,
+        "stages": stages,
+        "data": dataclasses.asdict(settings.data) | _input_digests(project, settings.data),
+        "embedding": dataclasses.asdict(settings.embedding),
+        "probe": dataclasses.asdict(settings.probe),
+        "cache": dataclasses.asdict(settings.cache),
+        "engine": settings.engine,
+        "runtime": dataclasses.asdict(settings.runtime),
+    }
+
+
+def rules_of(data: dict[str, Any]) -> Rules:
+    """Return the sequence rules in a composed ``data`` section."""
+    return Rules(**{field.name: data[field.name] for field in dataclasses.fields(Rules)})
+
+
+def recipe_of(composed: dict[str, Any], stage: str) -> Recipe:
+    """Return the recipe of a stage in a composed configuration."""
+    data, e = composed["data"], composed["embedding"]
+    windowed = data["long"] == "window"
+    return Recipe(
+        layer=composed["stages"][stage]["layer"],
+        pooling=e["pooling"],
+        precision=e["precision"],
+        numerics=e["numerics"],
+        stored=e["stored"],
+        window=data["max_length"] if windowed else 0,
+        overlap=data["overlap"] if windowed else 0,
+    )
+
+
+def _stage(
+    project: Project,
+    composition: Composition,
+    stage: str,
+    reference: str | None,
+    progress: Callable[[int, int | None], None] | None,
+) -> dict[str, Any]:
+    if reference is None:
+        if stage == "embed":
+            raise ConfigError(f"{composition.origin('model')}: the embed stage has no model", "set model=NAME@vX.Y.Z")
+        return {"model": dict(_NO_MODEL), "layer": None}
+    key = _source_key(composition, stage)
+    try:
+        version = _version(project, reference, progress)
+        locked = Locked.of(version)
+        layers = int(version.record.architecture["layers"]) if version.record else version.checkpoint.architecture.layers
+    except (VersionNotFoundError, ConfigError) as error:
+        raise composition.blame(error, key) from error
+    except ProteusError as error:
+        # Its own kind and exit code, with the key in front.
+        raise type(error)(f"{composition.origin(key)}: {key}: {error.what}", error.remedy) from error
+    try:
+        layer = resolve_layer(composition.settings.embedding.layer, layers)
+    except ConfigError as error:
+        raise composition.blame(error, "embedding.layer") from error
+    model = {"reference": version.reference, "name": version.name, "version": version.version}
+    return {"model": model | {"digest": locked.model, "trunk_digest": locked.trunk}, "layer": layer}
+
+
+def _source_key(composition: Composition, stage: str) -> str:
+    """Return the key a stage's model was set by: its own, or the general one it refers to."""
+    own, general = f"stages.{stage}.model", "model" if stage == "embed" else "candidate"
+    return own if composition.origin(own) == PARAMS else general
+
+
+def _version(
+    project: Project, reference: str, progress: Callable[[int, int | None], None] | None
+) -> ModelVersion:
+    locked = read_lock(project.work / LOCK)
+    try:
+        return resolve_locked(project.manager, reference, locked)
+    except VersionNotFoundError:
+        # A fresh clone has no tags: what the catalogue knows is fetched, checked, and tagged.
+        wanted = Reference.parse(reference)
+        if not wanted.exact and str(wanted) in locked:
+            wanted = Reference.parse(f"{wanted.name}@{locked[str(wanted)].version}")
+        version = provide(project.manager, str(wanted), project.catalogue, progress=progress)
+        return version if wanted.exact else resolve_locked(project.manager, reference, locked)
+
+
+def _check_ranges(composition: Composition) -> None:
+    """Build every value type once, so that a wrong value is an error here and not in the middle of the work."""
+    s = composition.settings
+    checks: list[tuple[str, Callable[[], object]]] = [
+        ("data", lambda: rules_of(dataclasses.asdict(s.data))),
+        ("probe", lambda: ProbeSettings(**dataclasses.asdict(s.probe))),
+        ("embedding", lambda: _recipe_values(composition)),
+        ("cache", lambda: _check_cache(s.cache.accept)),
+        ("runtime", lambda: _check_runtime(s.runtime.device, s.runtime.threads, s.runtime.tokens_per_batch)),
+    ]
+    for section, check in checks:
+        try:
+            check()
+        except ConfigError as error:
+            key = next((k for k in composition.origins if k.startswith(f"{section}.") and k in error.what), section)
+            raise ConfigError(f"{composition.origin(key)}: {error.what}", error.remedy) from error
+
+
+def _recipe_values(composition: Composition) -> None:
+    s = composition.settings
+    windowed = s.data.long == "window"
+    e = s.embedding
+    window, overlap = (s.data.max_length, s.data.overlap) if windowed else (0, 0)
+    Recipe(0, e.pooling, e.precision, e.numerics, e.stored, window, overlap)
+
+
+def _check_cache(accept: str) -> None:
+    from proteus_pipeline.embeddings.cache import ACCEPT
+
+    if accept not in ACCEPT:
+        raise ConfigError(f"cache.accept is {accept!r}", f"use one of {', '.join(ACCEPT)}")
+
+
+def _check_runtime(device: str, threads: int | None, tokens: int) -> None:
+    if device not in {"auto", "cpu"} and not device.startswith("cuda"):
+        raise ConfigError(f"runtime.device is {device!r}", "use auto, cpu, cuda or cuda:N")
+    if threads is not None and threads < 1:
+        raise ConfigError(f"runtime.threads is {threads}", "use 1 or more, or null for torch's own choice")
+    if tokens < 1:
+        raise ConfigError(f"runtime.tokens_per_batch is {tokens}", "use 1 or more; 2048 suits a CPU")
+
+
+def _input_digests(project: Project, data: DataSettings) -> dict[str, str | None]:
+    """Return digests of the input files' bytes, by which the stages notice an edit."""
+    return {
+        "fasta_digest": _file_digest(project.find_file(data.fasta), "data.fasta"),
+        "labels_digest": _file_digest(project.find_file(data.labels), "data.labels") if data.labels else None,
+    }
+
+
+def _file_digest(path: Path, key: str) -> str:
+    import xxhash
+
+    state = xxhash.xxh3_128()
+    try:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                state.update(block)
+    except FileNotFoundError as error:
+        raise StorageError(f"{key}: {path} does not exist", f"set {key}=PATH") from error
+    except OSError as error:
+        raise storage_error("read", path, error) from error
+    return digests.of_record("file", state.hexdigest())

@@ -1,0 +1,107 @@
+"""embed: every sequence's embedding is in the cache, and a manifest says which it is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from proteus_pipeline.embeddings.embedder import Outcome, Progress, embed
+from proteus_pipeline.embeddings.manifest import write_manifest
+from proteus_pipeline.errors import IntegrityError
+from proteus_pipeline.sequences.fasta import Record, read_fasta
+from proteus_pipeline.stages.compose import recipe_of
+from proteus_pipeline.stages.project import MANIFEST, SEQUENCES, Project
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from proteus_pipeline.models.encoder import Encoder
+
+
+def run(project: Project, progress: Progress | None = None) -> Outcome:
+    """Embed the prepared sequences, and write the manifest."""
+    return embed_to_manifest(project, "embed", MANIFEST, progress)
+
+
+def embed_to_manifest(project: Project, stage: str, target: str, progress: Progress | None) -> Outcome:
+    """Embed the prepared sequences by a stage's model, and write its manifest."""
+    composed = project.composed
+    records = list(read_fasta(project.work / SEQUENCES))
+    outcome = embed_records(project, composed, stage, records, progress)
+    write_stage_manifest(project.work / target, composed, stage, records, outcome)
+    model = composed["stages"][stage]["model"]["reference"]
+    project.record(stage, model=model, **summary(outcome))
+    return outcome
+
+
+def write_stage_manifest(
+    path: Path, composed: dict[str, Any], stage: str, records: Sequence[Record], outcome: Outcome
+) -> None:
+    """Write what `embed_records` did as a manifest."""
+    recipe = recipe_of(composed, stage)
+    described = recipe.identity(0) | {"windows": [recipe.window, recipe.overlap] if recipe.window else None}
+    trunk = composed["stages"][stage]["model"]["trunk_digest"]
+    write_manifest(path, trunk, described, [r.id for r in records], outcome.entries)
+
+
+def embed_records(
+    project: Project, composed: dict[str, Any], stage: str, records: Sequence[Record], progress: Progress | None = None
+) -> Outcome:
+    """Embed records by a stage's model: hits from the cache, the rest through the encoder.
+
+    Raises
+    ------
+    IntegrityError
+        When the weights are not those composed.yaml was made with.
+    StorageError
+        When the weights or the cache can't be used.
+
+    """
+    runtime = composed["runtime"]
+    model = composed["stages"][stage]["model"]
+    recipe = recipe_of(composed, stage)
+
+    def encoder() -> Encoder:
+        import torch
+
+        from proteus_pipeline.models.device import resolve_device
+        from proteus_pipeline.models.encoder import Esm2Encoder
+        from proteus_pipeline.registry.provision import provide
+
+        if runtime["threads"]:
+            torch.set_num_threads(runtime["threads"])
+        version = provide(project.manager, model["reference"], project.catalogue)
+        if version.checkpoint.trunk_digest != model["trunk_digest"]:
+            raise IntegrityError(
+                f"{model['reference']} has trunk {version.checkpoint.trunk_digest}, composed.yaml {model['trunk_digest']}",
+                "run: dvc repro compose",
+            )
+        device = resolve_device(runtime["device"])
+        return Esm2Encoder(
+            version.checkpoint, precision=recipe.precision, numerics=recipe.numerics, device=device
+        )
+
+    def attest() -> tuple[str, str]:
+        import torch
+
+        from proteus_pipeline.models.device import device_class, resolve_device
+
+        return device_class(resolve_device(runtime["device"])), str(torch.__version__)
+
+    return embed(
+        [r.sequence for r in records],
+        trunk=model["trunk_digest"],
+        recipe=recipe,
+        cache=project.cache(composed),
+        encoder=encoder,
+        attest=attest,
+        token_budget=runtime["tokens_per_batch"],
+        progress=progress,
+    )
+
+
+def summary(outcome: Outcome) -> dict[str, Any]:
+    """Return an outcome's counts, as results/run.json has them."""
+    fields = ("sequences", "unique", "hits", "derived", "computed", "tokens")
+    seconds = {"seconds": round(outcome.seconds, 3), "saved_seconds": round(outcome.saved_seconds, 3)}
+    return {field: getattr(outcome, field) for field in fields} | seconds

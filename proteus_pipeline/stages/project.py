@@ -1,0 +1,147 @@
+"""The project a stage runs in: its files here, its tags, weights and cache at DVC's root."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from proteus_pipeline.errors import StorageError
+from proteus_pipeline.registry.home import project_root
+from proteus_pipeline.stores.files import write_atomic
+
+if TYPE_CHECKING:
+    from proteus_pipeline.embeddings.cache import EmbeddingCache
+    from proteus_pipeline.models.sources import ModelEntry
+    from proteus_pipeline.registry.versions import ModelVersionManager
+
+COMPOSED = "composed.yaml"
+SEQUENCES = "prepared/sequences.fasta"
+LABELS = "prepared/labels.csv"
+COUNTS = "prepared/counts.json"
+MANIFEST = "results/embeddings.json"
+CANDIDATE = "results/candidate.json"
+METRICS = "metrics.json"
+PREDICTIONS = "results/predictions.csv"
+MAP = "results/map.csv"
+DRIFT = "results/drift.json"
+DRIFTS = "results/drift.csv"
+REPORT = "results/report.html"
+RUN = "results/run.json"
+_PACKAGES = (
+    "proteus_pipeline", "torch", "numpy", "scikit-learn", "zarr", "numcodecs", "xxhash", "hydra-core", "dvc", "gitpython"
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Project:
+    """Where a stage's files are (`work`), and where tags, weights and the cache are (`home`).
+
+    They differ in the temporary workspaces of ``dvc exp run --temp`` and ``--queue``.
+    """
+
+    work: Path
+    home: Path
+
+    @classmethod
+    def find(cls) -> Project:
+        """Return the project around the working directory.
+
+        Raises
+        ------
+        StorageError
+            When there is none.
+
+        """
+        home = project_root()
+        if home is None:
+            raise StorageError(
+                f"{Path.cwd()} is not in a git repository with DVC",
+                "work in a clone of the project, or run git init and dvc init",
+            )
+        # DVC runs a stage in its workspace; a person may stand in any folder below the root.
+        return cls(Path.cwd() if "DVC_ROOT" in os.environ else home, home)
+
+    @property
+    def composed(self) -> dict[str, Any]:
+        """What the compose stage wrote."""
+        try:
+            value = yaml.safe_load((self.work / COMPOSED).read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise StorageError(f"{COMPOSED} does not exist", "run: dvc repro compose") from error
+        if not isinstance(value, dict):
+            raise StorageError(f"{COMPOSED} is damaged", "run: dvc repro compose")
+        return value
+
+    @cached_property
+    def manager(self) -> ModelVersionManager:
+        from proteus_pipeline.registry.versions import ModelVersionManager
+
+        return ModelVersionManager(self.home)
+
+    @cached_property
+    def catalogue(self) -> dict[str, ModelEntry]:
+        from proteus_pipeline.models.sources import load_catalogue
+
+        return load_catalogue(self.work / "conf" / "model")
+
+    def cache(self, composed: dict[str, Any]) -> EmbeddingCache:
+        from proteus_pipeline.embeddings.cache import EmbeddingCache
+        from proteus_pipeline.models.device import device_class, resolve_device
+
+        settings = composed["cache"]
+        device = composed["runtime"]["device"]
+        path = self.home / Path(settings["path"]).expanduser()
+        return EmbeddingCache(
+            path, accept=settings["accept"], device_class=lambda: device_class(resolve_device(device))
+        )
+
+    def find_file(self, path: str) -> Path:
+        """Return an input file: as named from the workspace, or from DVC's root where the workspace lacks it."""
+        here = self.work / Path(path).expanduser()
+        return here if here.exists() else self.home / Path(path).expanduser()
+
+    def record(self, stage: str, **facts: Any) -> None:
+        """Put a stage's section into results/run.json, beside what is true of the whole run."""
+        value = self.run_log()
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+        value["stages"] = value.get("stages", {}) | {stage: facts | {"status": "run", "finished": now}}
+        value["commit"] = commit_of(self.home)
+        value["packages"] = {p: version for p in _PACKAGES if (version := _installed(p))}
+        self.write_run_log(value)
+
+    def run_log(self) -> dict[str, Any]:
+        """Return results/run.json, or an empty mapping where there is none that can be read."""
+        try:
+            value = json.loads((self.work / RUN).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return value if isinstance(value, dict) else {}
+
+    def write_run_log(self, value: dict[str, Any]) -> None:
+        write_atomic(self.work / RUN, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
+
+
+def commit_of(root: Path) -> dict[str, Any]:
+    """Return HEAD's commit id, and whether tracked files differ from it; nulls before the first commit."""
+    import git
+
+    try:
+        repo = git.Repo(root)
+        return {"id": repo.head.commit.hexsha, "dirty": repo.is_dirty()}
+    except (git.GitError, ValueError, OSError):
+        return {"id": None, "dirty": None}
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
