@@ -20,13 +20,13 @@ def add_to(verbs: Any) -> None:
 
 def _stats(args: argparse.Namespace) -> int:
     from proteus_pipeline.config.composition import PARAMS, compose, read_params
-    from proteus_pipeline.config.overrides import overlay, parse
+    from proteus_pipeline.config.overrides import parse
     from proteus_pipeline.embeddings.cache import EmbeddingCache
     from proteus_pipeline.stages.project import Project
 
     project = Project.find()
-    params = overlay(read_params(project.work / PARAMS), parse(args.overrides))
-    settings = compose(project.work, params, "the command line").settings.cache
+    params = read_params(project.work / PARAMS)
+    settings = compose(project.work, params, changes=parse(args.overrides)).settings.cache
     path = project.home / Path(settings.path).expanduser()
     stats = EmbeddingCache(path).stats()
     if args.json:

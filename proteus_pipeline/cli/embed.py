@@ -14,7 +14,9 @@ def add_to(verbs: Any) -> None:
         description="Embed FASTA with the project's settings and OVERRIDES; params.yaml and the pipeline stay as they are.",
     )
     this.add_argument("fasta", type=Path, metavar="FASTA")
-    this.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides, such as embedding.pooling=cls")
+    this.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides, such as embedding.pooling=cls"
+    )
     this.add_argument("-o", "--output", type=Path, help="write the embeddings to a .npz file or a .zarr folder")
     this.add_argument("--json", action="store_true", help="print the counts as JSON")
     this.set_defaults(run=_run)

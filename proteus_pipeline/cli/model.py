@@ -24,7 +24,9 @@ def add_to(verbs: Any) -> None:
     register.add_argument("--version", required=True, metavar="V", help="MAJOR.MINOR.PATCH")
     register.add_argument("--weights", required=True, type=Path, help="a fair-esm .pt, a Hugging Face folder or file")
     register.add_argument("--meta", action="append", default=[], metavar="K=V", help="metadata to keep; repeatable")
-    register.add_argument("--depends", action="append", default=[], metavar="REF", help="a version it builds on; repeatable")
+    register.add_argument(
+        "--depends", action="append", default=[], metavar="REF", help="a version it builds on; repeatable"
+    )
     register.add_argument("--breaking", default="", metavar="TEXT", help="what a MAJOR version breaks")
     register.add_argument("--reason", default="", metavar="TEXT", help="why, for the history")
     listing = _verb(these, "list", _list, "versions, of one model or of all")

@@ -18,22 +18,24 @@ def add_to(verbs: Any) -> None:
     )
     this.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides, such as embedding.layer=4")
     this.add_argument("--force", action="store_true", help="run every stage, also where nothing changed")
-    this.add_argument("--locked", action="store_true", help="stop (exit 3) where a reference no longer means what models.lock says")
+    this.add_argument(
+        "--locked", action="store_true", help="stop (exit 3) where a reference no longer means what models.lock says"
+    )
     this.add_argument("--update", action="store_true", help="first lock floating references to what they mean now")
     this.add_argument("--json", action="store_true", help="print the summary as JSON")
     this.set_defaults(run=_run)
 
 
 def _run(args: argparse.Namespace) -> int:
+    from proteus_pipeline.cli.progress import DownloadProgress
     from proteus_pipeline.stages.pipeline import run_pipeline
     from proteus_pipeline.stages.project import RUN, Project, commit_of
 
     project = Project.find()
-    if args.overrides:
-        print(f"params.yaml: {' '.join(args.overrides)}", file=sys.stderr)
     if commit_of(project.home)["dirty"]:
         print(f"note: tracked files differ from HEAD; {RUN} will say so", file=sys.stderr)
-    summary = run_pipeline(project, args.overrides, locked=args.locked, update=args.update, force=args.force)
+    progress = DownloadProgress("fetching weights")
+    summary = run_pipeline(project, args.overrides, progress, locked=args.locked, update=args.update, force=args.force)
     if args.json:
         import json
 

@@ -6,6 +6,7 @@ files, not compositions. One stage composes, and the others list the keys they u
 
 from __future__ import annotations
 
+import copy
 import difflib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 CONF = "conf"
 PARAMS = "params.yaml"
+COMMAND_LINE = "the command line"
 # conf/model/ is the catalogue of weights, not a choice of settings: `model=` names a version.
 _NOT_A_GROUP = {"model"}
 
@@ -47,8 +49,12 @@ def read_params(path: Path) -> dict[str, Any]:
     return _read_yaml(path) if path.exists() else {}
 
 
-def compose(root: Path, params: Mapping[str, Any], params_name: str = PARAMS) -> Composition:
-    """Compose conf/ under `root`, and lay the keys of `params` that are not null over it.
+def compose(
+    root: Path, params: Mapping[str, Any], params_name: str = PARAMS, *, changes: Mapping[str, Any] | None = None
+) -> Composition:
+    """Compose conf/ under `root`, and lay the keys of `params`, then of `changes`, that are not null over it.
+
+    `params` are called `params_name` in errors, and `changes` the command line.
 
     A string where conf/ has a folder of that name chooses a file of it: ``data: mine`` takes conf/data/mine.yaml.
 
@@ -64,19 +70,22 @@ def compose(root: Path, params: Mapping[str, Any], params_name: str = PARAMS) ->
 
     conf = root / CONF
     if not (conf / "config.yaml").is_file():
-        raise ConfigError(f"{conf}/config.yaml does not exist", "run this in a proteus project, or restore conf/ from git")
-    given = {key: value for key, value in _leaves(params) if value is not None}
+        raise ConfigError(
+            f"{conf}/config.yaml does not exist", "run this in a proteus project, or restore conf/ from git"
+        )
+    given = {key: value for key, value in _leaves(overlay(params, changes or {})) if value is not None}
+    typed = {key for key, _ in _leaves(changes or {})}
     chosen = {k: v for k, v in given.items() if isinstance(v, str) and k not in _NOT_A_GROUP and (conf / k).is_dir()}
     composed = _hydra_compose(conf, chosen)
-    origins = _origins(conf, composed)
+    origins = _origins(conf, composed, chosen)
     schema = OmegaConf.structured(Settings)
     merged = schema
     for key, value in _leaves(OmegaConf.to_container(composed, resolve=False)):
         merged = _set(merged, key, value, origins.get(key, f"{CONF}/config.yaml"))
     for key, value in given.items():
         if key not in chosen:
-            merged = _set(merged, key, value, params_name)
-            origins[key] = params_name
+            origins[key] = COMMAND_LINE if key in typed else params_name
+            merged = _set(merged, key, value, origins[key])
     for key in known_keys():
         where = origins.get(key, f"{CONF}/config.yaml")
         try:
@@ -109,12 +118,12 @@ def _hydra_compose(conf: Path, chosen: Mapping[str, str]) -> DictConfig:
         raise ConfigError(f"{CONF}/ can't be composed: {_first_line(error)}", "correct the defaults list") from error
 
 
-def _origins(conf: Path, composed: DictConfig) -> dict[str, str]:
+def _origins(conf: Path, composed: DictConfig, chosen: Mapping[str, str]) -> dict[str, str]:
     """Return the file of each leaf: conf/config.yaml wins where it sets the key, as _self_ comes last."""
     own = dict(_leaves(_read_yaml(conf / "config.yaml")))
     origins: dict[str, str] = {}
     defaults = own.pop("defaults", [])
-    files = {g: o for item in defaults if isinstance(item, dict) for g, o in item.items()}
+    files = {g: o for item in defaults if isinstance(item, dict) for g, o in item.items()} | dict(chosen)
     for key, _ in _leaves(_plain(composed)):
         group = key.split(".", 1)[0]
         inside = f"{CONF}/{group}/{files.get(group, 'default')}.yaml"
@@ -136,6 +145,15 @@ def _set(merged: Any, key: str, value: Any, where: str) -> Any:
         if any(known.startswith(f"{key}.") for known in known_keys()):
             raise ConfigError(f"{where}: {key} is a group of settings, not {value!r}", "set one of its keys") from error
         raise ConfigError(f"{where}: {key}: {_first_line(error)}", "correct its value") from error
+    return merged
+
+
+def overlay(params: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return params with nested changes laid over them."""
+    merged = copy.deepcopy(dict(params))
+    for key, value in changes.items():
+        below = merged.get(key)
+        merged[key] = overlay(below, value) if isinstance(value, dict) and isinstance(below, dict) else value
     return merged
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +32,13 @@ def parse(overrides: Sequence[str]) -> dict[str, Any]:
             override = parser.parse_override(text)
         except HydraException as error:
             raise ConfigError(
-                f"{text!r} is no Hydra override", "write KEY=VALUE, with quotes round a value that has spaces, commas or ="
+                f"{text!r} is no Hydra override",
+                "write KEY=VALUE, with quotes round a value that has spaces, commas or =",
             ) from error
         if override.is_sweep_override():
-            raise ConfigError(f"{text!r} is a sweep", f"quote the value, or queue the grid: dvc exp run --queue -S {text!r}")
+            raise ConfigError(
+                f"{text!r} is a sweep", f"quote the value, or queue the grid: dvc exp run --queue -S {text!r}"
+            )
         if override.is_add() or override.is_force_add() or override.is_delete():
             raise ConfigError(f"{text!r} adds or deletes a key", "the settings are fixed: KEY=VALUE")
         *parents, leaf = override.key_or_group.split(".")
@@ -45,17 +47,10 @@ def parse(overrides: Sequence[str]) -> dict[str, Any]:
             place = place.setdefault(parent, {})
             if not isinstance(place, dict):
                 raise ConfigError(f"{text!r} sets a key of a value set before", "leave one of the two out")
+        if isinstance(place.get(leaf), dict):
+            raise ConfigError(f"{text!r} replaces keys set before it", "leave one of the two out")
         place[leaf] = override.value()
     return nested
-
-
-def overlay(params: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return params with nested changes laid over them."""
-    merged = copy.deepcopy(dict(params))
-    for key, value in changes.items():
-        below = merged.get(key)
-        merged[key] = overlay(below, value) if isinstance(value, dict) and isinstance(below, dict) else value
-    return merged
 
 
 def write_params(root: Path, overrides: Sequence[str]) -> None:
@@ -69,7 +64,7 @@ def write_params(root: Path, overrides: Sequence[str]) -> None:
     """
     path = root / "params.yaml"
     changes = parse(overrides)
-    compose(root, overlay(read_params(path), changes), "the command line")
+    compose(root, read_params(path), changes=changes)
     if not overrides:
         return
     from dvc.exceptions import DvcException
@@ -80,4 +75,6 @@ def write_params(root: Path, overrides: Sequence[str]) -> None:
         apply_overrides(str(path), list(overrides))
     except (DvcException, HydraException) as error:
         line = str(error).strip().splitlines()[0]
-        raise ConfigError(f"params.yaml does not take {' '.join(overrides)} ({line})", "git checkout params.yaml") from error
+        raise ConfigError(
+            f"params.yaml does not take {' '.join(overrides)} ({line})", "git checkout params.yaml"
+        ) from error

@@ -12,7 +12,7 @@ writers need no lock; a key that two of them write is stored twice, and either e
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import json
 import logging
 import os
@@ -117,7 +117,7 @@ class EmbeddingCache:
                 self._indexes[name] = Index.read(folder / name)
             except FileNotFoundError:
                 continue
-            except (IntegrityError, ValueError, KeyError, TypeError) as error:
+            except (OSError, ValueError, KeyError, TypeError) as error:
                 _log.warning("%s", error)
                 self._indexes[name] = None  # warned of once
 
@@ -169,7 +169,7 @@ class EmbeddingCache:
         return array
 
     def find(self, keys: Iterable[str]) -> Iterator[tuple[Entry, NDArray[np.generic]]]:
-        """Yield the first sound entry of each key that has one, with its array; a damaged one is warned of and passed."""
+        """Yield the first sound entry of each key that has one, with its array; damaged ones are warned of."""
         unique = list(dict.fromkeys(keys))
         for entries in self.candidates(unique).values():
             for entry in entries:
@@ -214,15 +214,23 @@ class EmbeddingCache:
         ------
         StorageError
             When they can't be written; the cache is then as before.
+        ValueError
+            When keys, arrays and lengths do not fit each other or the recipe; nothing is written.
 
         """
+        _check_entries(keys, arrays, lengths, recipe)
         name = f"{time.time_ns():020d}-{secrets.token_hex(6)}"
         described = recipe.identity(0) | {"windows": [recipe.window, recipe.overlap]}
-        attributes = {"proteus": {"format": segment_file.FORMAT, "trunk": trunk, "recipe": described, "stored": recipe.stored}}
+        attributes = {
+            "proteus": {"format": segment_file.FORMAT, "trunk": trunk, "recipe": described, "stored": recipe.stored}
+        }
         target = self.path / "seg" / f"{name}.zip"
         with atomic_path(target) as temporary:
-            placed = segment_file.write_segment(temporary, keys, arrays, recipe.stored, attributes)
-            nbytes = temporary.stat().st_size
+            try:
+                placed = segment_file.write_segment(temporary, keys, arrays, recipe.stored, attributes)
+                nbytes = temporary.stat().st_size
+            except OSError as error:
+                raise storage_error("write", target, error) from error
         records = np.zeros(len(keys), dtype=index_file.RECORD)
         pairs = index_file.key_array(list(keys))
         records["key_high"], records["key_low"] = pairs["high"], pairs["low"]
@@ -236,14 +244,20 @@ class EmbeddingCache:
         header = SegmentHeader(
             target.name, nbytes, layout, recipe.stored, width, trunk, described, attestation, len(keys)
         )
-        write_atomic(self.path / "index" / f"{name}.idx", index_file.encode_index(header, records))
+        visible = self.path / "index" / f"{name}.idx"
+        try:
+            write_atomic(visible, index_file.encode_index(header, records))
+        except StorageError:
+            if not visible.exists():  # its folder's flush may have failed after it appeared
+                target.unlink(missing_ok=True)
+            raise
 
     def record_use(self, hits: int, derived: int, misses: int) -> None:
         """Add a run's look-ups to the cache's own account."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        when = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        when = dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
         line = json.dumps({"time": when, "hits": hits, "derived": derived, "misses": misses}) + "\n"
         try:
+            self.path.mkdir(parents=True, exist_ok=True)
             # One short write to a file opened for appending: lines of several processes do not mix.
             with (self.path / "uses.jsonl").open("ab", buffering=0) as file:
                 file.write(line.encode())
@@ -281,6 +295,21 @@ class EmbeddingCache:
                 continue  # a line cut short by a crash
             if isinstance(value, dict):
                 yield value
+
+
+def _check_entries(
+    keys: Sequence[str], arrays: Sequence[NDArray[np.generic]], lengths: Sequence[int], recipe: Recipe
+) -> None:
+    if not keys or not len(keys) == len(arrays) == len(lengths):
+        raise ValueError(f"{len(keys)} keys, {len(arrays)} arrays and {len(lengths)} lengths make no segment")
+    if len(set(keys)) != len(keys):
+        raise ValueError("a segment holds each key once")
+    rows = recipe.pooling == "per_residue"
+    width = arrays[0].shape[-1:]
+    for key, array, length in zip(keys, arrays, lengths, strict=True):
+        if array.dtype != NUMPY_DTYPES[recipe.stored] or array.shape != ((length, *width) if rows else width):
+            shown = f"{array.dtype} {array.shape}"
+            raise ValueError(f"{shown} is no {recipe.pooling} array of {length} residues in {recipe.stored} ({key})")
 
 
 def _entry(key: str, index: Index, row: int) -> Entry:

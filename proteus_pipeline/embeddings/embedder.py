@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -226,7 +226,7 @@ class _Job:
         attestation = Attestation(
             device_class,
             torch_version,
-            datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
             round(time.perf_counter() - pending.since, 6),
             pending.tokens,
         )
@@ -235,9 +235,7 @@ class _Job:
         )
 
 
-def _merge(
-    hidden: dict[int, NDArray[np.float32]], spans: list[tuple[int, int]], pooling: str
-) -> NDArray[np.float32]:
+def _merge(hidden: dict[int, NDArray[np.float32]], spans: list[tuple[int, int]], pooling: str) -> NDArray[np.float32]:
     """Return a windowed sequence's embedding: residues averaged over the windows they lie in, then pooled.
 
     ``cls`` is the mean of the windows' start tokens.

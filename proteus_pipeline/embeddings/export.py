@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +12,7 @@ from proteus_pipeline.embeddings.cache import EmbeddingCache
 from proteus_pipeline.embeddings.embedder import Embedded
 from proteus_pipeline.embeddings.stored import to_fp32
 from proteus_pipeline.errors import ConfigError, StorageError
-from proteus_pipeline.stores.files import atomic_path
+from proteus_pipeline.stores.files import atomic_path, storage_error
 
 if TYPE_CHECKING:
     import numpy as np
@@ -49,25 +50,37 @@ def export(path: Path, cache: EmbeddingCache, ids: Sequence[str], entries: Seque
         When an embedding is gone from the cache, or the file can't be written.
 
     """
-    import numpy as np
-
     by_key = {entry.key: to_fp32(array, entry.stored) for entry, array in cache.find(e.key for e in entries)}
     if missing := [i for i, e in zip(ids, entries, strict=True) if e.key not in by_key]:
         raise StorageError(f"the embedding of {missing[0]} is gone from {cache.path}", "run the command again")
     arrays = {i: by_key[e.key] for i, e in zip(ids, entries, strict=True)}
     if path.suffix == ".npz":
-        with atomic_path(path) as temporary, temporary.open("wb") as file:
-            np.savez(file, **arrays)
+        _write_npz(path, arrays)
     else:
         _write_zarr(path, arrays)
+
+
+def _write_npz(path: Path, arrays: dict[str, NDArray[np.float32]]) -> None:
+    import numpy as np
+
+    # What np.savez writes; as its keyword arguments, ids such as "file" would clash with its own.
+    with atomic_path(path) as temporary:
+        try:
+            with zipfile.ZipFile(temporary, "x", zipfile.ZIP_STORED, allowZip64=True) as file:
+                for name, array in arrays.items():
+                    with file.open(f"{name}.npy", "w", force_zip64=True) as member:
+                        np.lib.format.write_array(member, array, allow_pickle=False)
+        except OSError as error:
+            raise storage_error("write", path, error) from error
 
 
 def _write_zarr(path: Path, arrays: dict[str, NDArray[np.float32]]) -> None:
     import numpy as np
     import zarr
 
-    temporary = path.with_name(f".tmp-{path.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary, former = path.with_name(f".tmp-{path.name}"), path.with_name(f".tmp-old-{path.name}")
+    for folder in (temporary, former):
+        shutil.rmtree(folder, ignore_errors=True)
     try:
         group = zarr.open_group(temporary, mode="w-")
         group.attrs["ids"] = list(arrays)
@@ -78,10 +91,16 @@ def _write_zarr(path: Path, arrays: dict[str, NDArray[np.float32]]) -> None:
             for number, array in enumerate(arrays.values()):
                 # Ids may hold any character; a number is a safe name, and ids has the order.
                 inner.create_array(str(number), data=array)
+        # A folder can't be renamed over another: the former one is set aside whole, and removed at the end.
         if path.exists():
-            shutil.rmtree(path)
+            path.rename(former)
         temporary.rename(path)
     except OSError as error:
-        raise StorageError(f"{path} can't be written ({error.strerror})", "free space, or choose another place") from error
+        raise StorageError(
+            f"{path} can't be written ({error.strerror})", "free space, or choose another place"
+        ) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if former.exists() and not path.exists():
+            former.rename(path)
+        for folder in (temporary, former):
+            shutil.rmtree(folder, ignore_errors=True)

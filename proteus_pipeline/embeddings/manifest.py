@@ -15,7 +15,7 @@ from proteus_pipeline.embeddings.cache import EmbeddingCache
 from proteus_pipeline.embeddings.embedder import Embedded
 from proteus_pipeline.embeddings.stored import to_fp32
 from proteus_pipeline.errors import IntegrityError, StorageError
-from proteus_pipeline.stores.files import write_atomic
+from proteus_pipeline.stores.files import storage_error, write_atomic
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,7 +35,9 @@ class Manifest:
     entries: tuple[Embedded, ...]
 
 
-def write_manifest(path: Path, trunk: str, recipe: dict[str, Any], ids: Sequence[str], entries: Sequence[Embedded]) -> None:
+def write_manifest(
+    path: Path, trunk: str, recipe: dict[str, Any], ids: Sequence[str], entries: Sequence[Embedded]
+) -> None:
     """Write a manifest, one sequence a line: the same bytes for the same numbers."""
     head = json.dumps({"format": FORMAT, "trunk": trunk, "recipe": recipe}, sort_keys=True)
     rows = [
@@ -52,20 +54,26 @@ def read_manifest(path: Path) -> Manifest:
     Raises
     ------
     StorageError
-        When there is none.
+        When there is none, or it can't be read.
     IntegrityError
         When it is damaged or of another format.
 
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        data = path.read_bytes()
+    except FileNotFoundError as error:
+        raise StorageError(f"{path} does not exist", "run: dvc repro embed") from error
+    except OSError as error:
+        raise storage_error("read", path, error) from error
+    try:
+        value = json.loads(data)
         if value["format"] != FORMAT:
-            raise IntegrityError(f"{path} has format {value['format']}, and this proteus reads {FORMAT}", "run: dvc repro embed")
+            raise IntegrityError(
+                f"{path} has format {value['format']}, and this proteus reads {FORMAT}", "run: dvc repro embed"
+            )
         rows = value["sequences"]
         entries = tuple(Embedded(r["key"], tuple(r["shape"]), r["dtype"], r["content"]) for r in rows)
         return Manifest(value["trunk"], value["recipe"], tuple(r["id"] for r in rows), entries)
-    except FileNotFoundError as error:
-        raise StorageError(f"{path} does not exist", "run: dvc repro embed") from error
     except (ValueError, KeyError, TypeError) as error:
         raise IntegrityError(f"{path} is damaged ({error})", "run: dvc repro --force --single-item embed") from error
 
@@ -86,6 +94,8 @@ def load_embeddings(
     ------
     StorageError
         When an embedding is not in the cache, or another one is there in its place.
+    IntegrityError
+        When it is there and damaged.
 
     """
     path = Path(manifest)
@@ -93,17 +103,23 @@ def load_embeddings(
     store = cache if isinstance(cache, EmbeddingCache) else EmbeddingCache(cache or _nearest_cache(path))
     wanted = {e.key: e.content for e in listed.entries}
     found: dict[str, NDArray[np.float32]] = {}
+    damage: StorageError | None = None
     for key, entries in store.candidates(list(wanted)).items():
         # The manifest means these bits: an entry of another device class may hold others.
         for entry in entries:
             if entry.content == wanted[key]:
-                found[key] = to_fp32(store.read(entry), entry.stored)
+                try:
+                    found[key] = to_fp32(store.read(entry), entry.stored)
+                except StorageError as error:
+                    damage = error  # the same bits may be stored a second time
+                    continue
                 break
     if missing := [i for i, e in zip(listed.ids, listed.entries, strict=True) if e.key not in found]:
-        raise StorageError(
+        kind = IntegrityError if isinstance(damage, IntegrityError) else StorageError
+        raise kind(
             f"{len(missing)} of {len(listed.ids)} embeddings of {path} are not in {store.path}, {missing[0]} first",
             "run: dvc repro --force --single-item embed",
-        )
+        ) from damage
     return list(listed.ids), [found[e.key] for e in listed.entries]
 
 

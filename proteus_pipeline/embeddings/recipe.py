@@ -54,7 +54,9 @@ class Recipe:
                 value = getattr(self, field)
                 raise ConfigError(f"embedding.{field} is {value!r}", f"use one of {', '.join(allowed)}")
         if self.layer < 0:
-            raise ConfigError(f"layer {self.layer} is not resolved", "use Recipe with a layer from 0; see resolve_layer")
+            raise ConfigError(
+                f"layer {self.layer} is not resolved", "use Recipe with a layer from 0; see resolve_layer"
+            )
         if self.window and not 0 <= self.overlap < self.window:
             raise ConfigError(f"data.overlap is {self.overlap}", f"use 0 to {self.window - 1}, below data.max_length")
 
@@ -88,7 +90,9 @@ def resolve_layer(layer: int, layers: int) -> int:
     """
     resolved = layer if layer >= 0 else layers + 1 + layer
     if not 0 <= resolved <= layers:
-        raise ConfigError(f"embedding.layer is {layer}, and the model has {layers} layers", f"use {-layers - 1} to {layers}")
+        raise ConfigError(
+            f"embedding.layer is {layer}, and the model has {layers} layers", f"use {-layers - 1} to {layers}"
+        )
     return resolved
 
 

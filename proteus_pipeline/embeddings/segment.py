@@ -1,8 +1,8 @@
 """A segment: an immutable, uncompressed zip that is a zarr v3 group of embeddings.
 
 Per residue, each entry is an array of one chunk, ``KEY/c/0/0``. Pooled, all entries are the rows of one array,
-``pooled``, in chunks of 16 rows, beside an array of their ``keys``. Every chunk is bytes -> blosc -> crc32c, so any zarr
-v3 reader opens a segment; this one reads a chunk with one pread and is several times faster.
+``pooled``, in chunks of 16 rows, beside an array of their ``keys``. Every chunk is bytes -> blosc -> crc32c, so any
+zarr v3 reader opens a segment; this one reads a chunk with one pread and is several times faster.
 
 blosc decodes most damaged chunks to wrong numbers without a word (over 99% of 1,000 flipped bits), so the crc32c is
 not optional.
@@ -110,7 +110,10 @@ def decode_chunk(data: bytes, stored: str, width: int, rows: int, origin: str) -
     body, crc = data[:-_CRC_BYTES], data[-_CRC_BYTES:]
     if len(data) <= _CRC_BYTES or google_crc32c.value(body).to_bytes(4, "little") != crc:
         raise IntegrityError(f"a chunk of {origin} fails its checksum", "proteus run computes it again")
-    decoded = np.frombuffer(blosc.decompress(body), dtype=NUMPY_DTYPES[stored])
+    try:
+        decoded = np.frombuffer(blosc.decompress(body), dtype=NUMPY_DTYPES[stored])
+    except (RuntimeError, ValueError) as error:  # sound bytes, and no chunk of this dtype: another segment's
+        raise IntegrityError(f"a chunk of {origin} is not what its index says", "run it again") from error
     if decoded.size != rows * width:
         raise IntegrityError(f"a chunk of {origin} has {decoded.size} values, not {rows} x {width}", "run it again")
     return decoded.reshape(rows, width)
@@ -122,7 +125,7 @@ def _member(file: zipfile.ZipFile, name: str, data: bytes) -> Placed:
     return Placed(file.start_dir - len(data), len(data), 0)
 
 
-def _encode(array: NDArray[np.generic], codec: dict[str, Any] | None) -> bytes:
+def _encode(array: NDArray[Any], codec: dict[str, Any] | None) -> bytes:
     import google_crc32c
     from numcodecs.blosc import Blosc
 

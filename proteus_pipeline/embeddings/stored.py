@@ -5,7 +5,7 @@ numpy has no bfloat16: its 16 bits are kept as uint16, and widen to fp32 without
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from proteus_pipeline.identity import digests
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-NUMPY_DTYPES = {"fp32": np.dtype("<f4"), "fp16": np.dtype("<f2"), "bf16": np.dtype("<u2")}
+NUMPY_DTYPES: dict[str, np.dtype[Any]] = {"fp32": np.dtype("<f4"), "fp16": np.dtype("<f2"), "bf16": np.dtype("<u2")}
 
 
 def to_stored(array: NDArray[np.float32], stored: str) -> NDArray[np.generic]:
@@ -32,20 +32,24 @@ def to_stored(array: NDArray[np.float32], stored: str) -> NDArray[np.generic]:
     if stored == "fp16":
         with np.errstate(over="ignore"):
             rounded = array.astype("<f2")
-        if not np.isfinite(rounded).all() and np.isfinite(array).all():
-            raise ProteusError(f"a value of {np.abs(array).max():g} does not fit into fp16", "use embedding.stored=bf16")
+        lost = np.isinf(rounded) & np.isfinite(array)
+        if lost.any():
+            raise ProteusError(f"a value of {array[lost][0]:g} does not fit into fp16", "use embedding.stored=bf16")
         return rounded
     bits = np.ascontiguousarray(array, dtype="<f4").view("<u4")
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2")
+    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2")
+    # Rounding up would carry a NaN's bits into the sign: it would read as a zero.
+    return np.where((bits & 0x7FFFFFFF) > 0x7F800000, np.uint16(0x7FC0), rounded).astype("<u2")
 
 
 def to_fp32(array: NDArray[np.generic], stored: str) -> NDArray[np.float32]:
-    """Widen a stored array to fp32; every stored value is one."""
+    """Widen a stored array to fp32, always in memory of its own; every stored value is one."""
     if stored == "bf16":
         return (array.astype("<u4") << 16).view("<f4")
-    return np.asarray(array, dtype=np.float32)
+    # A copy, also of fp32: a pooled row is a read-only view that keeps its chunk of 16 rows alive.
+    return np.array(array, dtype=np.float32)
 
 
 def content_hash(array: NDArray[np.generic], stored: str) -> str:
     """Return the content hash of a stored array."""
-    return digests.of_content(stored, array.shape, memoryview(np.ascontiguousarray(array)).cast("B"))
+    return digests.of_content(stored, array.shape, np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)

@@ -47,7 +47,7 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """Return a tensor's C-order bytes, without a copy where it is contiguous."""
     import torch
 
-    return memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def component_of(name: str) -> str:
@@ -151,8 +151,13 @@ def inv_freq(architecture: Architecture) -> torch.Tensor:
 def trunk_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     """Return the shape of every tensor a trunk of this architecture has, by canonical name."""
     a, d, f = architecture, architecture.width, architecture.ffn_width
-    norm = lambda name: {f"{name}.weight": (d,), f"{name}.bias": (d,)}  # noqa: E731 - four uses, one line
-    linear = lambda name, o, i: {f"{name}.weight": (o, i), f"{name}.bias": (o,)}  # noqa: E731
+
+    def norm(name: str) -> dict[str, tuple[int, ...]]:
+        return {f"{name}.weight": (d,), f"{name}.bias": (d,)}
+
+    def linear(name: str, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
+        return {f"{name}.weight": (rows, columns), f"{name}.bias": (rows,)}
+
     shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (len(a.tokens), d)} | norm("esm.encoder.emb_layer_norm_after")
     if a.emb_layer_norm_before:
         shapes |= norm("esm.embeddings.layer_norm")

@@ -222,8 +222,9 @@ class _Block:
         start = 0
         for length in lengths:
             # (1, heads, length, head_width): a shape of this sequence alone.
-            part = [t[start : start + length].transpose(0, 1).unsqueeze(0) for t in (q, k, v)]
-            attended = torch.nn.functional.scaled_dot_product_attention(*part, scale=1.0)
+            own = (t[start : start + length].transpose(0, 1).unsqueeze(0) for t in (q, k, v))
+            query, key, value = own
+            attended = torch.nn.functional.scaled_dot_product_attention(query, key, value, scale=1.0)
             out[start : start + length] = attended.squeeze(0).transpose(0, 1)
             start += length
         return out.reshape(rows, a.width)

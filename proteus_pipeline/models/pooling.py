@@ -32,7 +32,8 @@ def pool(hidden: NDArray[np.float32], pooling: str) -> NDArray[np.float32]:
     if pooling == "per_residue":
         return residues.copy()
     if pooling == "cls":
-        return hidden[0].copy()
+        start: NDArray[np.float32] = hidden[0].copy()
+        return start
     return pool_residues(residues, pooling)
 
 
@@ -47,5 +48,6 @@ def pool_residues(residues: NDArray[np.float32], pooling: str) -> NDArray[np.flo
         return np.ascontiguousarray(residues.max(axis=0))
     if pooling == "mean":
         total = np.add.reduce(residues, axis=0, dtype=np.float64)
-        return (total / residues.shape[0]).astype(np.float32)
+        mean: NDArray[np.float32] = (total / residues.shape[0]).astype(np.float32)
+        return mean
     raise ValueError(f"no pooling called {pooling!r}")

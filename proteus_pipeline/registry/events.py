@@ -17,13 +17,14 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import semver
+
 from proteus_pipeline.identity.names import Version
 from proteus_pipeline.registry.records import VersionRecord
 
-_SEMVER = r"\d+\.\d+\.\d+(?:-[0-9A-Za-z.-]+)?(?:\+[0-9A-Za-z.-]+)?"
 _TAG = re.compile(
     r"(?P<name>[A-Za-z0-9](?:[A-Za-z0-9/_-]*[A-Za-z0-9])?)"
-    rf"(?:@v(?P<version>{_SEMVER})(?P<cancel>!?)|#(?P<stage>current))(?:#(?P<count>\d+))?"
+    r"(?:@v(?P<version>\d[0-9A-Za-z.+-]*)(?P<cancel>!?)|#(?P<stage>current))(?:#(?P<count>\d+))?"
 )
 
 
@@ -85,7 +86,7 @@ def parse_tag(tag: str) -> tuple[str, str, str | None, int | None] | None:
     (('registered', 'esm2', '1.0.0', None), ('made current', 'esm2', None, 3), None)
     """
     found = _TAG.fullmatch(tag)
-    if not found:
+    if not found or (found["version"] and not semver.Version.is_valid(found["version"])):
         return None
     count = int(found["count"]) if found["count"] else None
     if found["stage"]:
@@ -123,19 +124,26 @@ def fold(name: str, events: Iterable[Event]) -> History:
 def greatest(versions: Iterable[str]) -> str | None:
     """Return the greatest release, or the greatest pre-release where there is no release."""
     parsed = [Version(v) for v in versions]
-    return (
-        max((v for v in parsed if not v.semver.prerelease), default=max(parsed, default=None)).text if parsed else None
-    )  # type: ignore[union-attr]
+    best = max((v for v in parsed if not v.semver.prerelease), default=max(parsed, default=None))
+    return best.text if best else None
 
 
 def _in_order(events: list[Event]) -> list[Event]:
-    """Sort by sequence number; a tag without one comes after the numbered events that are not younger than it."""
+    """Sort by sequence number; a tag without one comes after the numbered events that are not younger than it.
+
+    Clocks of two machines differ, and a version is deleted after it was registered all the same.
+    """
     numbered = [e for e in events if e.sequence is not None]
+    registered: dict[str | None, int] = {}
+    for event in events:
+        if event.kind == "registered":
+            registered[event.version] = min(event.time, registered.get(event.version, event.time))
 
     def place(event: Event) -> tuple[float, int, str]:
         if event.sequence is not None:
             return (event.sequence, event.time, event.tag)
-        before = [e.sequence for e in numbered if e.sequence is not None and e.time <= event.time]
-        return (max(before, default=0) + 0.5, event.time, event.tag)
+        time = max(event.time, registered.get(event.version, 0)) if event.kind == "deleted" else event.time
+        before = [e.sequence for e in numbered if e.sequence is not None and e.time <= time]
+        return (max(before, default=0) + 0.5, time, event.tag)
 
     return sorted(events, key=place)

@@ -78,10 +78,10 @@ class Git:
         except subprocess.TimeoutExpired as error:
             raise GitError(f"git {args[0]} took over {timeout_s:g} s", "check the remote") from error
         if done.returncode:
-            words = done.stderr.strip() or f"exit {done.returncode}"
-            raise GitError(
-                f"git {args[0]}: {words.splitlines()[-1] if words else ''}", f"run it by hand in {self.root}"
-            )
+            lines = done.stderr.strip().splitlines() or [f"exit {done.returncode}"]
+            # What went wrong; git's advice comes after it.
+            words = next((line for line in lines if line.startswith("fatal: ")), lines[-1])
+            raise GitError(f"git {args[0]}: {words}", f"run it by hand in {self.root}")
         return done.stdout.removesuffix("\n")
 
     def try_run(self, *args: str) -> str | None:

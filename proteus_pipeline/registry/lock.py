@@ -13,12 +13,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 
 import yaml
 
-from proteus_pipeline.errors import ConfigError, StaleLockError
+from proteus_pipeline.errors import ConfigError, InvalidVersionError, StaleLockError
 from proteus_pipeline.identity.names import Reference
 from proteus_pipeline.registry.versions import ModelVersion, ModelVersionManager
 from proteus_pipeline.stores.files import write_atomic
@@ -34,6 +34,10 @@ class Locked:
     version: str
     model: str
     trunk: str
+
+    def __post_init__(self) -> None:
+        if not all(isinstance(value, str) for value in astuple(self)):
+            raise TypeError("version, model and trunk are texts")
 
     @classmethod
     def of(cls, version: ModelVersion) -> Locked:
@@ -60,9 +64,10 @@ def read_lock(path: Path) -> dict[str, Locked]:
             raise ConfigError(
                 f"{path} has schema {value.get('schema')!r}, and this proteus reads {SCHEMA}", "git checkout it"
             )
-        return {str(Reference.parse(text)): Locked(**entry) for text, entry in (value["references"] or {}).items()}
-    except (yaml.YAMLError, AttributeError, KeyError, TypeError, UnicodeDecodeError) as error:
+        locked = {str(Reference.parse(text)): Locked(**entry) for text, entry in (value["references"] or {}).items()}
+    except (yaml.YAMLError, AttributeError, KeyError, TypeError, UnicodeDecodeError, InvalidVersionError) as error:
         raise ConfigError(f"{path} is damaged ({error})", "git checkout it, or: proteus model lock --update") from error
+    return locked
 
 
 def write_lock(path: Path, locked: dict[str, Locked]) -> None:

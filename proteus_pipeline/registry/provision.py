@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -94,16 +93,20 @@ def _register(
     manager: ModelVersionManager, entry: ModelEntry, wanted: Reference, progress: Progress | None
 ) -> ModelVersion:
     model = _fetch(manager, entry, wanted, progress)
-    committed = _committed_pointer(manager.root, wanted.name)
-    _adopt_remote_tag(Git(manager.root), wanted, model.checkpoint.model_digest)
-    metadata = {"description": entry.description, "licence": entry.licence}
-    version = manager.register_version(model, wanted.selector, metadata, reason=f"fetched from {model.weights.origin}")
-    if committed and len(entry.versions) == 1 and committed.md5 != version.pointer.md5:
+    committed = _committed_pointer(manager.root, wanted.name) if len(entry.versions) == 1 else None
+    stored = manager.store_weights(wanted.name, model.checkpoint)
+    if committed and committed.md5 != stored[0].md5:
         raise IntegrityError(
             f"the weights from {model.weights.origin} are not those models/{wanted.name}.dvc points to "
-            f"({version.pointer.md5} against {committed.md5})",
-            f"git tag -d '{version.tag}', then git checkout models/{wanted.name}.dvc or register them as a new version",
+            f"({stored[0].md5} against {committed.md5})",
+            f"look at git log models/{wanted.name}.dvc, and restore the pointer or the source in conf/model",
         )
+    if _adopt_remote_tag(Git(manager.root), wanted, model.checkpoint.model_digest, stored[0]):
+        version = manager.get_version(wanted.name, wanted.selector)
+    else:
+        metadata = {"description": entry.description, "licence": entry.licence}
+        reason = f"fetched from {model.weights.origin}"
+        version = manager.register_version(model, wanted.selector, metadata, reason=reason, stored=stored)
     _materialise(manager, version)
     return version
 
@@ -133,30 +136,41 @@ def _restore(
             f"{model.weights.origin} no longer gives the weights of {version.reference}: digest {found}, tagged {known}",
             "fetch them from a DVC remote or a colleague who has them",
         )
-    manager.store_weights(version.name, model.checkpoint)
+    pointer, _ = manager.store_weights(version.name, model.checkpoint)
+    if pointer.md5 != version.pointer.md5:
+        raise IntegrityError(
+            f"{model.weights.origin} does not give the weights of {version.reference}: {pointer.md5}, "
+            f"and the tag's pointer says {version.pointer.md5}",
+            "fetch them from a DVC remote or a colleague who has them",
+        )
 
 
-def _adopt_remote_tag(git: Git, wanted: Reference, digest: str) -> None:
+def _adopt_remote_tag(git: Git, wanted: Reference, digest: str, pointer: Pointer) -> bool:
     """Take a remote's tag of this version where it is of the same weights: then every clone has the same tag.
 
-    A remote that can't be reached is no error: tags are made offline too.
+    A remote that can't be reached is no error: tags are made offline too. Returns whether the tag is here now.
     """
     tag = str(wanted)
     for remote in (git.try_run("remote") or "").split():
         incoming = f"refs/proteus/incoming/{tag}"
-        with contextlib.suppress(GitError):
+        try:
             refspec = f"+refs/tags/{tag}:{incoming}"
             git.run("fetch", "--quiet", "--no-tags", remote, refspec, timeout_s=_REMOTE_TIMEOUT_S)
+        except GitError:
+            continue
+        try:
             record = _record_at(git, incoming, tag)
             oid = git.run("rev-parse", incoming)
-            git.run("update-ref", "-d", incoming)
-            if record is None or record.model_digest != digest:
-                raise VersionConflictError(
-                    f"{tag} on {remote} has other weights: {record.model_digest if record else 'no record'}, here {digest}",
-                    "fetch that tag, or register these weights as a new version",
-                )
-            git.run("update-ref", f"refs/tags/{tag}", oid, "0" * 40)
-            return
+        finally:
+            git.try_run("update-ref", "-d", incoming)
+        if record is None or (record.model_digest, record.weights["md5"]) != (digest, pointer.md5):
+            raise VersionConflictError(
+                f"{tag} on {remote} has other weights: {record.model_digest if record else 'no record'}, here {digest}",
+                "fetch that tag, or register these weights as a new version",
+            )
+        # None when the tag is here by now: another process was faster, or the version was deleted.
+        return git.try_run("update-ref", f"refs/tags/{tag}", oid, "0" * 40) is not None
+    return False
 
 
 def _record_at(git: Git, ref: str, tag: str) -> VersionRecord | None:

@@ -95,7 +95,8 @@ def read_record(message: str, tag: str) -> VersionRecord | None:
         When the record is damaged, of a later schema, or of another tag.
 
     """
-    lines = message.splitlines()
+    # Not splitlines(): JSON leaves U+2028 and its kind as they are within a line.
+    lines = message.split("\n")
     marks = [i for i, line in enumerate(lines) if line.startswith(_MARK)]
     if not marks:
         return None
@@ -108,11 +109,16 @@ def read_record(message: str, tag: str) -> VersionRecord | None:
         value = json.loads(lines[marks[0] + 1])
         value["dependencies"] = tuple(value.get("dependencies", ()))
         record = VersionRecord(**value)
-        whole = isinstance(record.components["trunk"], str) and isinstance(record.weights["md5"], str)
+        texts = (record.components["trunk"], record.weights["md5"], record.model_digest)
+        whole = all(isinstance(t, str) for t in texts) and isinstance(record.sequence, int) and record.size >= 0
     except (IndexError, KeyError, TypeError, ValueError) as error:
         raise IntegrityError(
             f"the record in tag {tag} is damaged ({error})", "fetch the tag again from a remote"
         ) from error
-    if not whole or tag != f"{record.name}@v{record.version}":
+    if not whole:
+        raise IntegrityError(
+            f"the record in tag {tag} is damaged (a value of the wrong type)", "fetch the tag again from a remote"
+        )
+    if tag != f"{record.name}@v{record.version}":
         raise IntegrityError(f"the record in tag {tag} is of {record.name}@v{record.version}", "fetch the tag again")
     return record

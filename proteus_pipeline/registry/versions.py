@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from proteus_pipeline.errors import (
+    ConfigError,
     IntegrityError,
     StorageError,
     VersionConflictError,
@@ -37,7 +39,8 @@ _FIELD, _RECORD = "\x1f", "\x1e"
 class RegistrableModel(Protocol):
     """What `ModelVersionManager.register_version` needs of a model: a name, and weights to read."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     @property
     def checkpoint(self) -> Checkpoint: ...
@@ -114,12 +117,21 @@ class ModelVersion:
                 f"the weights of {self.reference} are not in the DVC cache",
                 f"dvc fetch models/{self.name}.dvc at that tag, or: proteus model fetch {self.reference}",
             )
-        checkpoint = read_folder(files, self.reference)
+        remedy = f"proteus model fetch {self.reference} --force"
+        try:
+            checkpoint = read_folder(files, self.reference)
+        except (ValueError, ArithmeticError, KeyError, TypeError) as error:
+            if self.record is None:
+                raise
+            # They were read when the tag was made, so that it is their bytes that changed.
+            raise IntegrityError(
+                f"the weights of {self.reference} in the DVC cache are damaged ({error})", remedy
+            ) from error
         if self.record and checkpoint.digests != dict(self.record.components):
             changed = [n for n, d in self.record.components.items() if checkpoint.digests.get(n) != d]
             raise IntegrityError(
                 f"the weights of {self.reference} in the DVC cache are damaged ({', '.join(changed) or 'extra tensors'})",
-                f"proteus model fetch {self.reference} --force",
+                remedy,
             )
         return checkpoint
 
@@ -149,6 +161,7 @@ class ModelVersionManager:
         dependencies: Sequence[str] = (),
         reason: str = "",
         breaking: str = "",
+        stored: tuple[Pointer, dict[str, Any]] | None = None,
     ) -> ModelVersion:
         """Store a model's weights and tag them.
 
@@ -168,11 +181,15 @@ class ModelVersionManager:
             References of versions this one builds on.
         reason, breaking
             Words for the history.
+        stored
+            What `store_weights` returned, where it has stored these weights already.
 
         Raises
         ------
         InvalidVersionError
             For a name or version that breaks the grammar.
+        ConfigError
+            When metadata or configuration is not JSON-like.
         VersionConflictError
             When the version exists with other weights, or other metadata where some is given.
         StorageError
@@ -180,11 +197,14 @@ class ModelVersionManager:
 
         """
         name, number = check_name(model.name), Version.parse(version).text
+        metadata = None if metadata is None else _json_like(metadata, "metadata")
+        configuration = _json_like(configuration or {}, "configuration")
+        needs = tuple(str(Reference.parse(d)) for d in dependencies)
         history = self.history(name)
         checkpoint = model.checkpoint
         if any(e.version == number for e in history.events):
             return self._same_or_conflict(name, number, checkpoint, metadata)
-        stored = self.store_weights(name, checkpoint)
+        pointer, weights = stored or self.store_weights(name, checkpoint)
         who = self._git.identity()
         record = VersionRecord(
             name=name,
@@ -193,18 +213,18 @@ class ModelVersionManager:
             model_digest=checkpoint.model_digest,
             components=checkpoint.digests,
             architecture=checkpoint.architecture.identity(),
-            weights=stored[1],
+            weights=weights,
             source=dict(model.source),
             metadata=dict(metadata or {}),
-            configuration=dict(configuration or {}),
-            dependencies=tuple(str(Reference.parse(d)) for d in dependencies),
+            configuration=configuration,
+            dependencies=needs,
             parent=history.current,
             author={"name": who.name, "email": who.email, "fallback": who.fallback},
             time=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             reason=reason,
             breaking=breaking,
         )
-        commit = self._commit_with(stored[0], record)
+        commit = self._commit_with(pointer, record)
         if not self._git.create_tag(f"{name}@v{number}", commit, record.message()):
             return self._same_or_conflict(name, number, checkpoint, metadata)
         return self.get_version(name, number)
@@ -252,10 +272,8 @@ class ModelVersionManager:
         """
         wanted = Reference.parse(reference)
         history = self.history(wanted.name)
-        if wanted.selector == "current":
-            number = history.current
-        else:
-            number = greatest(v for v in history.live if wanted.selects(Version(v)))
+        fitting = [v for v in history.live if wanted.selects(Version(v))]
+        number = history.current if wanted.selector == "current" else greatest(fitting)
         if number is None:
             raise self._not_found(history, wanted.selector)
         return self._version(history, number)
@@ -357,3 +375,12 @@ class ModelVersionManager:
         return self._git.commit_files(
             files, f"{record.name} {record.version}\n\nRegistered by proteus; only its tag leads here.\n"
         )
+
+
+def _json_like(value: Mapping[str, Any], what: str) -> dict[str, Any]:
+    """Return a mapping as it comes back from a record: what is compared must have been through JSON too."""
+    try:
+        plain: dict[str, Any] = json.loads(json.dumps(dict(value), allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"the {what} is not JSON-like ({error})", "use texts, numbers, lists and mappings") from error
+    return plain

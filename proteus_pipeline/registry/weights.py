@@ -8,18 +8,20 @@ because ``dvc add`` changes the working tree, which a registration must not.
 from __future__ import annotations
 
 import configparser
-import contextlib
 import hashlib
+import io
 import json
-import os
 import re
+import secrets
 import shutil
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from proteus_pipeline.errors import IntegrityError, StorageError
-from proteus_pipeline.stores.files import atomic_path, md5_file, sha256_file, write_atomic
+from proteus_pipeline.stores.files import atomic_path, md5_file, sha256_file, storage_error, write_atomic
 
+_MD5 = re.compile(r"[0-9a-f]{32}")
+_PLAIN = re.compile(r"(?!(?:null|true|false|yes|no|on|off|y|n)$)[a-z][\w-]*", re.IGNORECASE | re.ASCII)
 _POINTER = re.compile(r"^-?\s*(md5|size|nfiles|path): (.+)$", re.MULTILINE)
 
 
@@ -35,7 +37,8 @@ class Pointer:
     def text(self) -> str:
         """Return the file as ``dvc add`` writes it."""
         return (
-            f"outs:\n- md5: {self.md5}\n  size: {self.size}\n  nfiles: {self.files}\n  hash: md5\n  path: {self.path}\n"
+            f"outs:\n- md5: {self.md5}\n  size: {self.size}\n  nfiles: {self.files}\n  hash: md5\n"
+            f"  path: {_scalar(self.path)}\n"
         )
 
     @classmethod
@@ -50,7 +53,7 @@ class Pointer:
         """
         fields = dict(_POINTER.findall(text))
         try:
-            pointer = cls(fields["md5"].strip(), int(fields["size"]), int(fields["nfiles"]), fields["path"].strip())
+            pointer = cls(fields["md5"].strip(), int(fields["size"]), int(fields["nfiles"]), fields["path"].strip("' "))
         except (KeyError, ValueError) as error:
             raise IntegrityError(
                 f"{origin} is no DVC pointer to a folder ({error})", "git checkout it again"
@@ -89,8 +92,7 @@ class DvcCache:
             size += path.stat().st_size
         listing = json.dumps(sorted(entries, key=lambda e: e["relpath"].split("/")), sort_keys=True).encode()
         digest = hashlib.md5(listing, usedforsecurity=False).hexdigest() + ".dir"
-        if not self.object(digest).exists():
-            self.object(digest).parent.mkdir(parents=True, exist_ok=True)
+        if not _holds(self.object(digest), listing):
             write_atomic(self.object(digest), listing, mode=0o444)
         total = hashlib.sha256("".join(sums).encode()).hexdigest()
         return StoredFolder(Pointer(digest, size, len(entries), PurePosixPath(name).name), total)
@@ -99,13 +101,12 @@ class DvcCache:
         target = self.object(md5)
         if target.exists() and target.stat().st_size == path.stat().st_size and md5_file(target) == md5:
             return
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StorageError(f"{target.parent} can't be created ({error.strerror})", "check the DVC cache") from error
         with atomic_path(target) as temporary:
-            shutil.copyfile(path, temporary)
-            temporary.chmod(0o444)
+            try:
+                shutil.copyfile(path, temporary)
+                temporary.chmod(0o444)
+            except OSError as error:
+                raise storage_error("write", target, error) from error
 
     def files(self, pointer: Pointer) -> dict[str, Path] | None:
         """Return the place of each file by its name in the folder, or None when an object is missing.
@@ -125,8 +126,12 @@ class DvcCache:
         found = {}
         for entry in json.loads(data):
             name = PurePosixPath(entry["relpath"])
-            if name.is_absolute() or ".." in name.parts:
-                raise IntegrityError(f"{listing} names {name}, outside its folder", "do not use these weights")
+            # The listing is what its own name says, and may still come from somebody who means harm.
+            if name.is_absolute() or ".." in name.parts or not _MD5.fullmatch(entry["md5"]):
+                raise IntegrityError(
+                    f"{listing} names {name} ({entry['md5']}), outside its folder or the cache",
+                    "do not use these weights",
+                )
             found[str(name)] = self.object(entry["md5"])
         return found if all(path.exists() for path in found.values()) else None
 
@@ -135,15 +140,16 @@ class DvcCache:
         files = self.files(pointer)
         if files is None or folder.exists():
             return
-        temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+        temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
         try:
             for name, source in files.items():
                 target = temporary / name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source, target)
-            with contextlib.suppress(FileExistsError):
-                temporary.rename(folder)
+            temporary.rename(folder)
         except OSError as error:
+            if folder.exists():
+                return  # another process has just put it there
             raise StorageError(
                 f"{folder} can't be written ({error.strerror})", "free space, or run dvc checkout"
             ) from error
@@ -151,10 +157,28 @@ class DvcCache:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _holds(path: Path, data: bytes) -> bool:
+    try:
+        return path.read_bytes() == data
+    except OSError:
+        return False
+
+
+def _scalar(name: str) -> str:
+    """Return a name as YAML writes it: in quotes where it would read as a number or a date."""
+    if _PLAIN.fullmatch(name):
+        return name
+    from ruamel.yaml import YAML
+
+    out = io.StringIO()
+    YAML().dump({"path": name}, out)
+    return out.getvalue().removeprefix("path: ").removesuffix("\n")
+
+
 def _cache_dir(root: Path) -> Path:
     """Return DVC's cache folder: ``cache.dir`` of config.local or config, relative to .dvc, else .dvc/cache."""
     for name in ("config.local", "config"):
-        parser = configparser.ConfigParser(interpolation=None)
+        parser = configparser.ConfigParser(interpolation=None, inline_comment_prefixes=("#",))
         try:
             parser.read(root / ".dvc" / name, encoding="utf-8")
         except configparser.Error as error:
@@ -162,5 +186,5 @@ def _cache_dir(root: Path) -> Path:
                 f"{root / '.dvc' / name} can't be read ({error})", "mend it: dvc config --list"
             ) from error
         if found := parser.get("cache", "dir", fallback=None):
-            return (root / ".dvc" / found).resolve()
+            return (root / ".dvc" / Path(found.strip("\"'")).expanduser()).resolve()
     return root / ".dvc" / "cache"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from proteus_pipeline.config.composition import PARAMS, compose, read_params
-from proteus_pipeline.config.overrides import overlay, parse
+from proteus_pipeline.config.composition import PARAMS, compose, overlay, read_params
+from proteus_pipeline.config.overrides import parse
 from proteus_pipeline.embeddings.embedder import Outcome, Progress
 from proteus_pipeline.embeddings.export import check_target, export
 from proteus_pipeline.errors import ConfigError
@@ -37,7 +37,7 @@ def embed_file(
         raise ConfigError("the FASTA file is given twice", "leave data.fasta= out")
     # The file is named from where the user stands, not from the project's root.
     here = overlay(changes, {"data": {**(changes.get("data") or {}), "fasta": str(fasta.absolute()), "labels": None}})
-    composition = compose(project.work, overlay(read_params(project.work / PARAMS), here), "the command line")
+    composition = compose(project.work, read_params(project.work / PARAMS), changes=here)
     composition.settings.data.labels = None
     composed = resolve(project, composition)
     records, _ = clean(read_fasta(fasta), rules_of(composed["data"]))

@@ -113,7 +113,9 @@ def _stage(
     try:
         version = _version(project, reference, progress)
         locked = Locked.of(version)
-        layers = int(version.record.architecture["layers"]) if version.record else version.checkpoint.architecture.layers
+        layers = (
+            int(version.record.architecture["layers"]) if version.record else version.checkpoint.architecture.layers
+        )
     except (VersionNotFoundError, ConfigError) as error:
         raise composition.blame(error, key) from error
     except ProteusError as error:
@@ -133,9 +135,7 @@ def _source_key(composition: Composition, stage: str) -> str:
     return own if composition.origin(own) == PARAMS else general
 
 
-def _version(
-    project: Project, reference: str, progress: Callable[[int, int | None], None] | None
-) -> ModelVersion:
+def _version(project: Project, reference: str, progress: Callable[[int, int | None], None] | None) -> ModelVersion:
     locked = read_lock(project.work / LOCK)
     try:
         return resolve_locked(project.manager, reference, locked)

@@ -77,9 +77,7 @@ def embed_records(
                 "run: dvc repro compose",
             )
         device = resolve_device(runtime["device"])
-        return Esm2Encoder(
-            version.checkpoint, precision=recipe.precision, numerics=recipe.numerics, device=device
-        )
+        return Esm2Encoder(version.checkpoint, precision=recipe.precision, numerics=recipe.numerics, device=device)
 
     def attest() -> tuple[str, str]:
         import torch

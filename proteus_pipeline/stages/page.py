@@ -137,13 +137,13 @@ def _json(value: object) -> str:
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
-def _markup(text: str) -> str:
+def _markup(text: str, most: int = MAX_SHOWN) -> str:
     """Escape text for plotly, which reads a subset of HTML; of the named entities it knows no quotes."""
-    return html.escape(_clipped(text), quote=False)
+    return html.escape(_clipped(text, most), quote=False)
 
 
-def _clipped(text: str) -> str:
-    return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 1] + "…"
+def _clipped(text: str, most: int = MAX_SHOWN) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def _number(value: float, digits: int = 3) -> str:
@@ -312,7 +312,7 @@ def _map(page: Page, task: str | None) -> dict[str, Any]:
     return {
         "data": traces,
         "layout": {
-            "height": 560,
+            "height": 520 + 8 * len(traces),  # the legend grows below
             "showlegend": len(traces) > 1,
             "xaxis": {"title": {"text": "First principal component"}},
             "yaxis": {"title": {"text": "Second principal component"}, "scaleanchor": "x"},
@@ -324,7 +324,7 @@ def _map_trace(
     name: str, points: Sequence[Point], answers: Mapping[str, str], colour: object, symbol: int
 ) -> dict[str, Any]:
     xs, ys = [point.x for point in points], [point.y for point in points]
-    trace = _markers(_markup(name), xs, ys, colour, SYMBOLS[symbol % len(SYMBOLS)])
+    trace = _markers(_markup(name, most=32), xs, ys, colour, SYMBOLS[symbol % len(SYMBOLS)])
     trace["hovertext"] = [
         f"<b>{_markup(point.id)}</b>"
         + (f"<br>{_markup(point.label)}" if point.label else "<br>no label")

@@ -6,16 +6,16 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from proteus_pipeline.config.composition import PARAMS, Composition, compose, read_params
-from proteus_pipeline.config.overrides import overlay, parse, write_params
+from proteus_pipeline.config.overrides import parse, write_params
 from proteus_pipeline.errors import ProteusError, StaleLockError
 from proteus_pipeline.identity.names import Reference
 from proteus_pipeline.registry.lock import Locked, read_lock, write_lock
-from proteus_pipeline.stages.compose import LOCK
+from proteus_pipeline.stages.compose import LOCK, resolve
 from proteus_pipeline.stages.project import Project
 
 STAGES = ("compose", "prepare", "embed", "probe", "compare", "report")
@@ -30,7 +30,13 @@ class RunSummary:
 
 
 def run_pipeline(
-    project: Project, overrides: Sequence[str], *, locked: bool = False, update: bool = False, force: bool = False
+    project: Project,
+    overrides: Sequence[str],
+    progress: Callable[[int, int | None], None] | None = None,
+    *,
+    locked: bool = False,
+    update: bool = False,
+    force: bool = False,
 ) -> RunSummary:
     """Write overrides to params.yaml as ``dvc exp run -S`` does, and run ``dvc repro``.
 
@@ -48,11 +54,13 @@ def run_pipeline(
 
     """
     params = read_params(project.work / PARAMS)
-    composition = compose(project.work, overlay(params, parse(overrides)), "the command line")
+    composition = compose(project.work, params, changes=parse(overrides))
     if locked:
         check_lock(project, composition)
     if update:
         update_lock(project, composition, refresh=True)
+    # Everything that can be wrong is found before params.yaml is touched, versions and input files included.
+    resolve(project, composition, progress)
     write_params(project.work, overrides)
     before = project.run_log().get("stages", {})
     started = time.perf_counter()
@@ -68,12 +76,15 @@ def run_pipeline(
 def _summarise(project: Project, before: dict[str, Any], seconds: float) -> RunSummary:
     """Mark the stages that DVC skipped: their counts in results/run.json are then this run's, not an earlier one's."""
     log = project.run_log()
-    stages = log.get("stages", {})
-    for name in STAGES:
-        section = stages.setdefault(name, {})
+    stages = {name: log.get("stages", {}).get(name, {}) for name in STAGES}
+    for section, name in zip(stages.values(), STAGES, strict=True):
         if section.get("finished") == before.get(name, {}).get("finished"):
-            idle = {key: 0 for key in ("hits", "derived", "computed", "tokens", "seconds", "saved_seconds") if key in section}
-            section |= idle | {"status": "unchanged"}
+            idle = {
+                key: 0
+                for key in ("hits", "derived", "computed", "tokens", "seconds", "saved_seconds")
+                if key in section
+            }
+            section.update(idle | {"status": "unchanged"})
     log["stages"] = stages
     log["seconds"] = round(seconds, 3)
     project.write_run_log(log)

@@ -35,9 +35,7 @@ def run(here: Project) -> None:
     here.record("probe", sequences=len(records), labelled=len(labels), result=result.metrics["status"])
 
 
-def probe_manifest(
-    here: Project, manifest: str
-) -> tuple[ProbeResult, list[Record], NDArray[np.float32], list[Label]]:
+def probe_manifest(here: Project, manifest: str) -> tuple[ProbeResult, list[Record], NDArray[np.float32], list[Label]]:
     """Probe the embeddings a manifest lists; returns the records, their (N, D) vectors and labels with the result."""
     composed = here.composed
     ids, arrays = load_embeddings(here.work / manifest, here.cache(composed))

@@ -105,7 +105,7 @@ class _Record(NamedTuple):
 Records = Sequence[_Record]
 
 
-def probe(  # noqa: PLR0917 - records, labels, settings: the six things a probe is of
+def probe(
     ids: Sequence[str],
     vectors: NDArray[np.float32],
     sequences: Sequence[str],

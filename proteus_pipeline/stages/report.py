@@ -54,7 +54,9 @@ def _lineage(here: Project) -> dict[str, str]:
     lineage = {"Model": model["reference"]}
     if entry:
         lineage["What it is"] = entry.description
-    numbers = f"{e['precision']}, {e['numerics']}, stored as {e['stored']}, engine revision {composed['engine_revision']}"
+    numbers = (
+        f"{e['precision']}, {e['numerics']}, stored as {e['stored']}, engine revision {composed['engine_revision']}"
+    )
     return lineage | {
         "Trunk digest": model["trunk_digest"],
         "Model digest": model["digest"],

