@@ -135,7 +135,8 @@ def _encode(array: NDArray[Any], codec: dict[str, Any] | None) -> bytes:
     else:
         c = codec["configuration"]
         body = bytes(Blosc(c["cname"], c["clevel"], Blosc.SHUFFLE, c["blocksize"]).encode(data))
-    return body + google_crc32c.value(body).to_bytes(4, "little")
+    crc: bytes = google_crc32c.value(body).to_bytes(4, "little")
+    return body + crc
 
 
 def _blosc(cname: str, clevel: int, typesize: int, blocksize: int) -> dict[str, Any]:

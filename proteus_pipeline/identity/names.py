@@ -16,8 +16,8 @@ from proteus_pipeline.errors import InvalidVersionError
 
 MAX_NAME = 100
 _SEGMENT = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_-]*[A-Za-z0-9])?")
-_FLOATING = re.compile(r"(0|[1-9]\d*)\.(?:(0|[1-9]\d*)\.)?x")
-_LOOSE = re.compile(r"v?(\d+)(?:\.(\d+))?(?:\.(\d+))?(.*)")
+_FLOATING = re.compile(r"(0|[1-9]\d*)\.(?:(0|[1-9]\d*)\.)?x", re.ASCII)
+_LOOSE = re.compile(r"v?(\d+)(?:\.(\d+))?(?:\.(\d+))?(.*)", re.ASCII)
 
 
 def check_name(name: str) -> str:

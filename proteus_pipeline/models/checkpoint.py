@@ -29,6 +29,9 @@ EMBEDDING = "esm.embeddings.word_embeddings.weight"
 _LAYER = "esm.encoder.layer.{}."
 _INV_FREQ = "attention.self.rotary_embeddings.inv_freq"
 _UNUSED = re.compile(r"esm\.embeddings\.position_(ids|embeddings\.weight)")
+_TF_NORM = re.compile(r"(LayerNorm)\.(gamma|beta)")
+# transformers 5 keeps one for all layers, and saves it under this name.
+_SHARED_INV_FREQ = re.compile(r"(esm\.)?encoder\.layer\.\*\." + re.escape(_INV_FREQ))
 _NAME = re.compile(r"\w+(\.\w+)*", re.ASCII)
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64", "int64": "I64"}
 
@@ -117,14 +120,29 @@ def canonical(architecture: Architecture, tensors: Mapping[str, torch.Tensor], o
         When a trunk tensor is missing, of another shape, or unknown.
 
     """
+    a = architecture
+    if min(a.width, a.heads, a.ffn_width) < 1 or a.layers < 0 or a.width % (2 * a.heads):
+        raise ModelError(
+            f"{origin} says {a.layers} layers, width {a.width}, {a.heads} heads, which no ESM-2 can have",
+            "give the configuration that belongs to these weights",
+        )
     named: dict[str, torch.Tensor] = {}
+    shared = None
     for name, tensor in tensors.items():
+        if _SHARED_INV_FREQ.fullmatch(name):
+            shared = tensor.float()
+            continue
         if not _NAME.fullmatch(name):
             raise ModelError(
                 f"{origin} has a tensor called {name[:60]!r}", "rename it: it becomes part of a file's name"
             )
         bare = name.startswith(("embeddings.", "encoder.", "contact_head.", "pooler."))
-        named[f"esm.{name}" if bare else name] = tensor
+        full = f"esm.{name}" if bare else name
+        # transformers 5 saves block norms by TensorFlow's names, and reads either.
+        full = _TF_NORM.sub(lambda m: f"{m[1]}.{'weight' if m[2] == 'gamma' else 'bias'}", full)
+        if full in named:
+            raise ModelError(f"{origin} holds {full} twice, under two names", "remove one of them")
+        named[full] = tensor
     kept = {name: t for name, t in named.items() if not _UNUSED.fullmatch(name)}
     decoder = kept.get("lm_head.decoder.weight")
     embedding = kept.get(EMBEDDING)
@@ -135,7 +153,7 @@ def canonical(architecture: Architecture, tensors: Mapping[str, torch.Tensor], o
         del kept["lm_head.decoder.bias"]
     for index in range(architecture.layers):
         name = _LAYER.format(index) + _INV_FREQ
-        kept[name] = kept[name].float() if name in kept else inv_freq(architecture)
+        kept[name] = kept[name].float() if name in kept else inv_freq(architecture) if shared is None else shared
     _check_trunk(architecture, kept, origin)
     return Checkpoint(architecture, dict(sorted(kept.items())))
 

@@ -82,12 +82,13 @@ class Esm2Encoder:
             raise ConfigError(f"embedding.numerics is {numerics!r}", f"use one of {', '.join(NUMERICS)}")
         a = checkpoint.architecture
         if a.positions != "rotary" or a.emb_layer_norm_before:
-            raise ModelError(f"{a.positions} positions are ESM-1's", "use an ESM-2 checkpoint")
+            what = "a norm before its blocks" if a.positions == "rotary" else f"{a.positions} positions"
+            raise ModelError(f"a model with {what} is an ESM-1", "use an ESM-2 checkpoint")
         # TF32 would round a GPU's fp32 products to 10 bits of mantissa: then fp32 would not mean fp32.
         torch.backends.cuda.matmul.allow_tf32 = False
         self.architecture = a
         self.device = device
-        self._strict = numerics == "strict"
+        self.strict = numerics == "strict"
         self._compute = torch.float32 if precision == "fp32" else torch.bfloat16
         self._residual = torch.bfloat16 if precision == "bf16" else torch.float32
         self._tokens = _token_table(a)
@@ -127,7 +128,7 @@ class Esm2Encoder:
         tokens = np.concatenate([np.concatenate(([cls], row, [eos])) for row in ids])
         lengths = [len(row) + 2 for row in ids]
         positions = np.concatenate([np.arange(n) for n in lengths])
-        if self._strict:
+        if self.strict:
             pad = -len(tokens) % ROW_TILE
             tokens, positions = np.pad(tokens, (0, pad)), np.pad(positions, (0, pad))
         with torch.inference_mode():
@@ -169,7 +170,7 @@ class Esm2Encoder:
                 out[start : start + ROW_TILE] = whole(x[start : start + ROW_TILE])
             return out
 
-        return tiled if self._strict else whole
+        return tiled if self.strict else whole
 
     def rotary(self, inv_freq: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return cos and sin, (at least `length`, head_width) fp32, of position times frequency.
@@ -207,7 +208,7 @@ class _Block:
 
     def __call__(self, x: torch.Tensor, lengths: list[int], place: torch.Tensor) -> torch.Tensor:
         x = x + self._out(self._attend(self._norm1(x.float()), lengths, place)).to(x.dtype)
-        return x + self._down(_gelu(self._up(self._norm2(x.float())))).to(x.dtype)
+        return x + self._down(_gelu(self._up(self._norm2(x.float())), self._encoder.strict)).to(x.dtype)
 
     def _attend(self, x: torch.Tensor, lengths: list[int], place: torch.Tensor) -> torch.Tensor:
         import torch
@@ -230,13 +231,15 @@ class _Block:
         return out.reshape(rows, a.width)
 
 
-def _gelu(x: torch.Tensor) -> torch.Tensor:
+def _gelu(x: torch.Tensor, strict: bool) -> torch.Tensor:
     import torch
 
-    if x.dtype != torch.float32:
+    if x.dtype != torch.float32 and (x.is_cuda or not strict):
         return torch.nn.functional.gelu(x)
-    # torch's fused CPU kernel has a coarser erf: it puts hidden states 1.4 times as far from fp64 as this form does.
-    return x * 0.5 * (1.0 + torch.erf(x * 0.5**0.5))
+    # torch's fused CPU kernel has a coarser erf: it puts hidden states 1.4 times as far from fp64 as this form does. And
+    # it has another for the last few elements of each thread's share, so that the thread count would enter the bits.
+    wide = x.float()
+    return (wide * 0.5).mul_((wide * 0.5**0.5).erf_().add_(1.0)).to(x.dtype)
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -74,7 +73,11 @@ def read_folder(files: Mapping[str, Path], origin: str) -> Checkpoint:
     architecture = _hf_architecture(_read_json(files["config.json"]), files.get("vocab.txt"), origin)
     if INDEX in files:
         weight_map = _read_json(files[INDEX]).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
+        if (
+            not isinstance(weight_map, dict)
+            or not weight_map
+            or not all(isinstance(s, str) for s in weight_map.values())
+        ):
             raise ModelError(f"{origin}: {INDEX} has no weight_map", _GIVE)
         tensors: dict[str, torch.Tensor] = {}
         for shard in sorted(set(weight_map.values())):
@@ -111,7 +114,9 @@ def _hf_architecture(config: Mapping[str, Any], vocab: Path | None, origin: str)
     positions = str(config.get("position_embedding_type", "absolute"))
     if positions != "rotary":
         raise ModelError(f"{origin} has {positions} positions, and ESM-2 has rotary ones", _GIVE)
-    tokens = tuple(vocab.read_text(encoding="utf-8").split()) if vocab else ESM2_TOKENS
+    if config.get("rope_theta", 10000) != 10000:
+        raise ModelError(f"{origin} has rope_theta {config['rope_theta']}, and ESM-2 has 10000", _GIVE)
+    tokens = _read_vocab(vocab) if vocab else ESM2_TOKENS
     if config.get("vocab_size") != len(tokens):
         raise ModelError(
             f"{origin}: config.json says {config.get('vocab_size')} tokens, and the vocabulary has {len(tokens)}",
@@ -131,6 +136,19 @@ def _hf_architecture(config: Mapping[str, Any], vocab: Path | None, origin: str)
         )
     except (TypeError, ValueError) as error:
         raise ModelError(f"{origin}: config.json has a value of the wrong type ({error})", _GIVE) from error
+
+
+def _read_vocab(path: Path) -> tuple[str, ...]:
+    try:
+        tokens = tuple(path.read_text(encoding="utf-8").split())
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} is no text file ({error})", "fetch it again") from error
+    # Other letters in other rows are another alphabet, and the digest says so; without these nothing can be encoded.
+    if lost := sorted({"<cls>", "<pad>", "<eos>", "<unk>", "<mask>"} - set(tokens)):
+        raise ModelError(f"{path} has no {lost[0]}", "put the model's own vocab.txt beside config.json")
+    if len(set(tokens)) != len(tokens):
+        raise ModelError(f"{path} names a token twice", "put the model's own vocab.txt beside config.json")
+    return tokens
 
 
 def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
@@ -155,7 +173,7 @@ def _read_pickle(path: Path) -> Any:
                 if "mmap" not in str(error):
                     raise
                 return torch.load(path, map_location="cpu", weights_only=True)  # written before torch 1.6
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a damaged pickle fails in any way that the unpickler's steps can
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
             f"{path} is no checkpoint that can be read without running its code ({reason[:160]})",
@@ -184,7 +202,8 @@ def _read_fair_esm(path: Path) -> Checkpoint:
     tensors = _tensors(data["model"], path)
     regression = path.with_name(f"{path.stem}-contact-regression.pt")
     if regression.exists():
-        tensors |= _tensors(_read_pickle(regression).get("model"), regression)
+        contacts = _read_pickle(regression)
+        tensors |= _tensors(contacts.get("model") if isinstance(contacts, dict) else contacts, regression)
     # fair-esm fixes these: ffn 4 x width, layer norm eps 1e-5, the ESM-1b alphabet (esm/model/esm2.py).
     architecture = Architecture(layers, width, heads, 4 * width, token_dropout=token_dropout)
     return canonical(architecture, {fair_esm_to_hf(name): t for name, t in tensors.items()}, str(path))

@@ -21,13 +21,17 @@ def _load(text: str) -> tuple[Any, Any]:
         raise StorageError("dvc.yaml at HEAD is no YAML", "mend it and commit") from error
     if not isinstance(value, dict):
         raise StorageError("dvc.yaml at HEAD holds no mapping", "mend it and commit")
+    if value.get("artifacts") is None:
+        value.pop("artifacts", None)
+    elif not isinstance(value["artifacts"], dict):
+        raise StorageError("artifacts: in dvc.yaml at HEAD holds no mapping", "mend it and commit")
     return yaml, value
 
 
 def declares_artifact(dvc_yaml: str, name: str) -> bool:
     """Say whether a dvc.yaml's text names the model's folder as an artifact."""
     _, value = _load(dvc_yaml)
-    entry = (value.get("artifacts") or {}).get(name)
+    entry = value.get("artifacts", {}).get(name)
     return isinstance(entry, dict) and PurePosixPath(str(entry.get("path"))) == PurePosixPath("models", name)
 
 
@@ -36,7 +40,10 @@ def declare_artifact(dvc_yaml: str, name: str) -> str:
     if declares_artifact(dvc_yaml, name):
         return dvc_yaml
     yaml, value = _load(dvc_yaml)
-    value.setdefault("artifacts", {})[name] = {"path": f"models/{name}", "type": "model"}
+    artifacts = value.setdefault("artifacts", {})
+    entry = artifacts[name] if isinstance(artifacts.get(name), dict) else {"type": "model"}
+    artifacts[name] = entry
+    entry["path"] = f"models/{name}"
     out = io.StringIO()
     yaml.dump(value, out)
     return out.getvalue()

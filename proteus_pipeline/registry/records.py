@@ -111,7 +111,7 @@ def read_record(message: str, tag: str) -> VersionRecord | None:
         record = VersionRecord(**value)
         texts = (record.components["trunk"], record.weights["md5"], record.model_digest)
         whole = all(isinstance(t, str) for t in texts) and isinstance(record.sequence, int) and record.size >= 0
-    except (IndexError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise IntegrityError(
             f"the record in tag {tag} is damaged ({error})", "fetch the tag again from a remote"
         ) from error

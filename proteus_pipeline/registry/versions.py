@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Protocol
 
 from proteus_pipeline.errors import (
@@ -371,7 +371,12 @@ class ModelVersionManager:
         tagged = any(e.commit == head for e in self.history(record.name).events)
         if head and has_pointer and not tagged and declares_artifact(dvc_yaml, record.name):
             return head
+        # As dvc add does, so that git status stays clean after a checkout of the tag and of the weights.
+        ignored, line = str(PurePosixPath(path).with_name(".gitignore")), f"/{PurePosixPath(record.name).name}\n"
+        ignores = (self._git.read(head, ignored) if head else None) or ""
         files = {path: pointer.text(), "dvc.yaml": declare_artifact(dvc_yaml, record.name)}
+        if line not in ignores.splitlines(keepends=True):
+            files[ignored] = ignores + line
         return self._git.commit_files(
             files, f"{record.name} {record.version}\n\nRegistered by proteus; only its tag leads here.\n"
         )

@@ -22,6 +22,8 @@ from proteus_pipeline.stores.files import atomic_path, md5_file, sha256_file, st
 
 _MD5 = re.compile(r"[0-9a-f]{32}")
 _PLAIN = re.compile(r"(?!(?:null|true|false|yes|no|on|off|y|n)$)[a-z][\w-]*", re.IGNORECASE | re.ASCII)
+# A value as DVC's configuration writes it: in quotes where it holds a comma or a #.
+_VALUE = re.compile(r"""(["'])(?P<quoted>.*?)\1|(?P<bare>[^#]*)""")
 _POINTER = re.compile(r"^-?\s*(md5|size|nfiles|path): (.+)$", re.MULTILINE)
 
 
@@ -83,14 +85,15 @@ class DvcCache:
     def add_folder(self, folder: Path, name: str) -> StoredFolder:
         """Copy a folder's files into the cache, the directory object last; what is there already is kept."""
         entries, sums, size = [], [], 0
-        for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-            relative = path.relative_to(folder).as_posix()
+        names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+        for relative in names:
+            path = folder / relative
             md5 = md5_file(path)
             self._add_file(path, md5)
             entries.append({"md5": md5, "relpath": relative})
             sums.append(f"{sha256_file(path)}  {relative}\n")
             size += path.stat().st_size
-        listing = json.dumps(sorted(entries, key=lambda e: e["relpath"].split("/")), sort_keys=True).encode()
+        listing = json.dumps(entries, sort_keys=True).encode()
         digest = hashlib.md5(listing, usedforsecurity=False).hexdigest() + ".dir"
         if not _holds(self.object(digest), listing):
             write_atomic(self.object(digest), listing, mode=0o444)
@@ -123,16 +126,17 @@ class DvcCache:
         data = listing.read_bytes()
         if hashlib.md5(data, usedforsecurity=False).hexdigest() + ".dir" != pointer.md5:
             raise IntegrityError(f"{listing} is damaged", f"remove it, then: dvc fetch models/{pointer.path}.dvc")
-        found = {}
-        for entry in json.loads(data):
-            name = PurePosixPath(entry["relpath"])
+        try:
+            entries = {PurePosixPath(entry["relpath"]): str(entry["md5"]) for entry in json.loads(data)}
+        except (KeyError, TypeError, ValueError) as error:
+            raise IntegrityError(f"{listing} is no directory of DVC's ({error})", "do not use these weights") from error
+        for name, md5 in entries.items():
             # The listing is what its own name says, and may still come from somebody who means harm.
-            if name.is_absolute() or ".." in name.parts or not _MD5.fullmatch(entry["md5"]):
+            if name.is_absolute() or ".." in name.parts or not _MD5.fullmatch(md5):
                 raise IntegrityError(
-                    f"{listing} names {name} ({entry['md5']}), outside its folder or the cache",
-                    "do not use these weights",
+                    f"{listing} names {name} ({md5}), outside its folder or the cache", "do not use these weights"
                 )
-            found[str(name)] = self.object(entry["md5"])
+        found = {str(name): self.object(md5) for name, md5 in entries.items()}
         return found if all(path.exists() for path in found.values()) else None
 
     def checkout(self, pointer: Pointer, folder: Path) -> None:
@@ -178,7 +182,7 @@ def _scalar(name: str) -> str:
 def _cache_dir(root: Path) -> Path:
     """Return DVC's cache folder: ``cache.dir`` of config.local or config, relative to .dvc, else .dvc/cache."""
     for name in ("config.local", "config"):
-        parser = configparser.ConfigParser(interpolation=None, inline_comment_prefixes=("#",))
+        parser = configparser.ConfigParser(interpolation=None)
         try:
             parser.read(root / ".dvc" / name, encoding="utf-8")
         except configparser.Error as error:
@@ -186,5 +190,7 @@ def _cache_dir(root: Path) -> Path:
                 f"{root / '.dvc' / name} can't be read ({error})", "mend it: dvc config --list"
             ) from error
         if found := parser.get("cache", "dir", fallback=None):
-            return (root / ".dvc" / Path(found.strip("\"'")).expanduser()).resolve()
+            value = _VALUE.match(found)
+            bare = (value["quoted"] or value["bare"] or "").strip() if value else found
+            return (root / ".dvc" / Path(bare).expanduser()).resolve()
     return root / ".dvc" / "cache"

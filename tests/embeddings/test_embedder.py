@@ -1,0 +1,284 @@
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import make_checkpoint
+
+from proteus_pipeline.embeddings import embedder
+from proteus_pipeline.embeddings.cache import EmbeddingCache
+from proteus_pipeline.embeddings.embedder import Outcome, embed
+from proteus_pipeline.embeddings.index import Index
+from proteus_pipeline.embeddings.recipe import Recipe, windows
+from proteus_pipeline.embeddings.stored import to_fp32, to_stored
+from proteus_pipeline.errors import ModelError
+from proteus_pipeline.models.encoder import Esm2Encoder
+from proteus_pipeline.models.pooling import pool, pool_residues
+
+RECIPE = Recipe(layer=2)
+SEQUENCES = [("MKTAYIAKQRQISFVKSHFSRQLEERLGLIEVQ" * 3)[i : i + 10 + 3 * i] for i in range(12)]
+
+
+@pytest.fixture(scope="module")
+def real() -> Esm2Encoder:
+    return Esm2Encoder(make_checkpoint())
+
+
+class Counting:
+    """The real encoder, and what it was asked for."""
+
+    def __init__(self, encoder: Esm2Encoder, fail_after: int | None = None) -> None:
+        self.architecture = encoder.architecture
+        self.made = 0
+        self.encoded: list[str] = []
+        self._encoder = encoder
+        self._fail_after = fail_after
+
+    def __call__(self) -> Counting:
+        self.made += 1
+        return self
+
+    def encode(
+        self, sequences: Sequence[str], layers: Sequence[int], token_budget: int
+    ) -> Iterator[tuple[int, dict[int, np.ndarray]]]:
+        for index, hidden in self._encoder.encode(sequences, layers, token_budget):
+            if len(self.encoded) == self._fail_after:
+                raise ModelError("the device is gone", "try again")
+            self.encoded.append(sequences[index])
+            yield index, hidden
+
+
+@dataclass
+class Told:
+    """A progress bar that remembers, and that may be interrupted."""
+
+    interrupt_at: int | None = None
+    started: list[tuple[int, int]] = field(default_factory=list)
+    steps: list[tuple[int, int]] = field(default_factory=list)
+
+    def start(self, total: int, hits: int) -> None:
+        self.started.append((total, hits))
+
+    def advance(self, sequences: int, tokens: int) -> None:
+        self.steps.append((sequences, tokens))
+        if len(self.steps) == self.interrupt_at:
+            raise KeyboardInterrupt
+
+
+class Lab:
+    """One cache, one encoder."""
+
+    def __init__(self, path: Path, encoder: Esm2Encoder) -> None:
+        self.path, self._encoder = path, encoder
+        self.last: Counting
+
+    def embed(
+        self,
+        sequences: Sequence[str],
+        recipe: Recipe = RECIPE,
+        *,
+        told: Told | None = None,
+        fail_after: int | None = None,
+    ) -> Outcome:
+        self.last = Counting(self._encoder, fail_after)
+        outcome = embed(
+            sequences,
+            trunk="f" * 32,
+            recipe=recipe,
+            cache=EmbeddingCache(self.path),
+            encoder=self.last,
+            attest=lambda: ("cpu/test", "2.0.0"),
+            token_budget=100,
+            progress=told,
+        )
+        assert outcome.sequences == len(sequences) == len(outcome.entries)
+        assert outcome.hits + outcome.derived + outcome.computed == outcome.unique == len(set(sequences))
+        assert [e.key for e in outcome.entries] == [recipe.key("f" * 32, s) for s in sequences]
+        return outcome
+
+    def values(self, outcome: Outcome) -> list[np.ndarray]:
+        cache = EmbeddingCache(self.path)
+        arrays = [cache.get(e.key) for e in outcome.entries]
+        return [a for a in arrays if a is not None]
+
+    def hidden(self, sequence: str, layer: int = 2) -> np.ndarray:
+        ((_, hidden),) = self._encoder.encode([sequence], [layer], 2048)
+        return hidden[layer]
+
+
+@pytest.fixture
+def lab(tmp_path: Path, real: Esm2Encoder) -> Lab:
+    return Lab(tmp_path / "cache", real)
+
+
+def test_what_is_computed_once_is_not_computed_again(lab: Lab):
+    first = lab.embed(SEQUENCES)
+    assert (first.hits, first.computed, first.saved_seconds) == (0, 12, 0.0)
+    assert sorted(lab.last.encoded) == sorted(SEQUENCES)
+    assert first.tokens == sum(len(s) + 2 for s in SEQUENCES)
+    assert 0 < first.compute_seconds <= first.seconds
+    second = lab.embed(SEQUENCES)
+    assert (second.hits, second.computed, second.tokens) == (12, 0, 0)
+    assert lab.last.made == 0  # the model is not even loaded
+    assert second.entries == first.entries
+    assert second.saved_seconds > 0
+    attested = [Index.read(p).header.attestation for p in (lab.path / "index").iterdir()]
+    assert second.saved_seconds == pytest.approx(sum(a.seconds for a in attested))
+    assert {a.device_class for a in attested} == {"cpu/test"}
+    stats = EmbeddingCache(lab.path).stats()
+    assert (stats["entries"], stats["hits"], stats["misses"]) == (12, 12, 12)
+
+
+def test_one_new_sequence_is_one_computed(lab: Lab):
+    lab.embed(SEQUENCES)
+    outcome = lab.embed([*SEQUENCES, "MKV"])
+    assert (outcome.hits, outcome.computed, lab.last.encoded) == (12, 1, ["MKV"])
+    assert lab.embed(SEQUENCES[3:]).computed == 0
+
+
+def test_order_and_repetition_are_no_reason_to_compute(lab: Lab):
+    first = dict(zip(SEQUENCES, lab.embed(SEQUENCES).entries, strict=True))
+    shuffled = random.Random(0).sample(SEQUENCES * 2, 24)
+    outcome = lab.embed(shuffled)
+    assert (outcome.sequences, outcome.unique, outcome.hits, outcome.computed) == (24, 12, 12, 0)
+    assert list(outcome.entries) == [first[s] for s in shuffled]
+
+
+def test_equal_sequences_are_computed_once(lab: Lab):
+    outcome = lab.embed(["MKV", "MKL", "MKV", "MKV"])
+    assert (outcome.sequences, outcome.unique, outcome.computed, outcome.tokens) == (4, 2, 2, 10)
+    assert sorted(lab.last.encoded) == ["MKL", "MKV"]
+    assert outcome.entries[0] == outcome.entries[2] == outcome.entries[3] != outcome.entries[1]
+
+
+def test_nothing_asked_is_nothing_done(lab: Lab):
+    outcome = lab.embed([])
+    assert (outcome.entries, outcome.unique, lab.last.made) == ((), 0, 0)
+
+
+@pytest.mark.parametrize("stored", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("pooling", ["mean", "cls", "max", "per_residue"])
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_values_are_the_encoders_pooled_and_rounded(lab: Lab, layer: int, pooling: str, stored: str):
+    recipe = Recipe(layer=layer, pooling=pooling, stored=stored)
+    outcome = lab.embed(SEQUENCES[:4], recipe)
+    assert {e.stored for e in outcome.entries} == {stored}
+    for sequence, entry, array in zip(SEQUENCES, outcome.entries, lab.values(outcome), strict=False):
+        expected = to_fp32(to_stored(pool(lab.hidden(sequence, layer), pooling), stored), stored)
+        assert array.shape == entry.shape == ((len(sequence), 32) if pooling == "per_residue" else (32,))
+        assert array.tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls", "max", "per_residue"])
+def test_long_sequences_are_averaged_over_their_windows(lab: Lab, pooling: str):
+    recipe = Recipe(layer=2, pooling=pooling, window=10, overlap=4)
+    sequences = ["MKTAYIAKQRQISFVKSHFSRQLEE", "MKTAYIAKQR", "ISFVKSHFSRQ"]
+    outcome = lab.embed(sequences, recipe)
+    spans = windows(25, 10, 4)
+    assert len(spans) == 4
+    parts = [sequences[0][a:b] for a, b in spans]
+    assert sorted(lab.last.encoded) == sorted([*parts, sequences[1], sequences[2][:10], sequences[2][1:]])
+    assert outcome.tokens == 12 * 4 + 12 + 12 * 2
+    long, exact, _ = lab.values(outcome)
+    assert exact.tobytes() == pool(lab.hidden(sequences[1]), pooling).tobytes()
+    hidden = [lab.hidden(part) for part in parts]
+    if pooling == "cls":
+        np.testing.assert_allclose(long, np.mean([h[0] for h in hidden], axis=0), rtol=1e-6, atol=1e-7)
+        return
+    # Each residue by hand: the mean of its rows in the windows that hold it.
+    rows = [
+        np.mean([h[1 + r - a] for h, (a, b) in zip(hidden, spans, strict=True) if a <= r < b], axis=0, dtype=np.float64)
+        for r in range(25)
+    ]
+    residues = np.array(rows).astype(np.float32)
+    expected = residues if pooling == "per_residue" else pool_residues(residues, pooling)
+    assert long.shape == expected.shape
+    np.testing.assert_allclose(long, expected, rtol=1e-6, atol=1e-7)
+
+
+def test_a_window_recomputes_only_what_is_longer(lab: Lab):
+    lab.embed(SEQUENCES)
+    long = [s for s in SEQUENCES if len(s) > 30]
+    outcome = lab.embed(SEQUENCES, Recipe(layer=2, window=30, overlap=5))
+    assert outcome.computed == len(long) > 0
+    assert outcome.hits == len(SEQUENCES) - len(long) > 0
+
+
+def test_an_interruption_keeps_what_was_finished(lab: Lab):
+    told = Told(interrupt_at=5)
+    with pytest.raises(KeyboardInterrupt):
+        lab.embed(SEQUENCES, told=told)
+    finished = lab.last.encoded[:5]
+    outcome = lab.embed(SEQUENCES)
+    assert (outcome.hits, outcome.computed) == (5, 7)
+    assert sorted(lab.last.encoded) == sorted(set(SEQUENCES) - set(finished))
+    assert lab.embed(SEQUENCES).computed == 0
+
+
+def test_so_does_an_error_of_the_encoder(lab: Lab):
+    with pytest.raises(ModelError, match="the device is gone"):
+        lab.embed(SEQUENCES, fail_after=4)
+    assert lab.embed(SEQUENCES).hits == 4
+
+
+def test_an_interruption_within_a_windowed_sequence_stores_no_part_of_it(lab: Lab):
+    recipe = Recipe(layer=2, window=10, overlap=4)
+    with pytest.raises(ModelError):
+        lab.embed([SEQUENCES[-1]], recipe, fail_after=2)
+    assert EmbeddingCache(lab.path).stats()["entries"] == 0
+    assert lab.embed([SEQUENCES[-1]], recipe).computed == 1
+
+
+@pytest.mark.parametrize(("name", "value"), [("PUBLISH_BYTES", 300), ("PUBLISH_SECONDS", 0.0)])
+def test_long_work_is_published_as_it_comes(lab: Lab, monkeypatch: pytest.MonkeyPatch, name: str, value: float):
+    monkeypatch.setattr(embedder, name, value)
+    seen = []
+
+    class Watching(Told):
+        def advance(self, sequences: int, tokens: int) -> None:
+            super().advance(sequences, tokens)
+            seen.append(EmbeddingCache(lab.path).stats()["entries"])
+
+    lab.embed(SEQUENCES, told=Watching())
+    step = 3 if name == "PUBLISH_BYTES" else 1  # 128 bytes an entry
+    assert seen == [n // step * step for n in range(12)]
+    assert lab.embed(SEQUENCES).hits == 12
+
+
+def test_a_damaged_entry_is_computed_again(lab: Lab, caplog: pytest.LogCaptureFixture):
+    recipe = Recipe(layer=2, pooling="per_residue")
+    first = lab.embed(SEQUENCES, recipe)
+    cache = EmbeddingCache(lab.path)
+    key = first.entries[3].key
+    (entry,) = cache.candidates([key])[key]
+    with (lab.path / "seg" / entry.segment).open("r+b") as file:
+        file.seek(entry.offset + entry.nbytes // 2)
+        byte = file.read(1)
+        file.seek(-1, 1)
+        file.write(bytes([byte[0] ^ 1]))
+    second = lab.embed(SEQUENCES, recipe)
+    assert (second.hits, second.computed, lab.last.encoded) == (11, 1, [SEQUENCES[3]])
+    assert second.entries == first.entries  # and is the same
+    assert "fails its checksum" in caplog.text
+    caplog.clear()
+    assert lab.embed(SEQUENCES, recipe).hits == 12
+    assert caplog.text == ""
+
+
+def test_progress_is_told_what_happens(lab: Lab):
+    told = Told()
+    lab.embed(SEQUENCES[:4], told=told)
+    assert told.started == [(4, 0)]
+    assert sorted(told.steps) == sorted((1, len(s) + 2) for s in SEQUENCES[:4])
+    told = Told()
+    outcome = lab.embed(SEQUENCES * 2, told=told)
+    assert told.started == [(12, 4)]
+    assert len(told.steps) == 8
+    assert sum(tokens for _, tokens in told.steps) == outcome.tokens
+    told = Told()
+    lab.embed(SEQUENCES, told=told)
+    assert (told.started, told.steps) == ([(12, 12)], [])

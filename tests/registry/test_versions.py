@@ -1,0 +1,518 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import git, make_checkpoint
+
+from proteus_pipeline.errors import (
+    ConfigError,
+    IntegrityError,
+    InvalidVersionError,
+    ProteusError,
+    StorageError,
+    VersionConflictError,
+    VersionNotFoundError,
+)
+from proteus_pipeline.models.checkpoint import Checkpoint
+from proteus_pipeline.registry.versions import ModelVersionManager
+from proteus_pipeline.registry.weights import DvcCache
+
+
+@dataclass
+class Given:
+    """A model to register."""
+
+    name: str
+    checkpoint: Checkpoint
+    source: Mapping[str, Any] = field(default_factory=dict)
+
+
+@pytest.fixture(scope="module")
+def other() -> Checkpoint:
+    return make_checkpoint(seed=1)
+
+
+@pytest.fixture
+def manager(repository: Path) -> ModelVersionManager:
+    return ModelVersionManager(repository)
+
+
+def command(root: Path, name: str, *args: str) -> str:
+    """Run gto or dvc, as a user in the repository does."""
+    tool = Path(sys.executable).with_name(name)
+    done = subprocess.run([str(tool), *args], cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def commit(root: Path, message: str = "x") -> str:
+    git(
+        root,
+        "-c",
+        "user.name=A",
+        "-c",
+        "user.email=a@example.org",
+        "commit",
+        "--quiet",
+        "--allow-empty",
+        "-am",
+        message,
+    )
+    return git(root, "rev-parse", "HEAD")
+
+
+def state(root: Path) -> dict[str, Any]:
+    """Everything of a repository that a registration leaves alone."""
+    files = [p for p in root.rglob("*") if p.is_file() and not {".git", "cache"} & set(p.relative_to(root).parts)]
+    return {
+        "head": git(root, "rev-parse", "HEAD"),
+        "branch": git(root, "symbolic-ref", "HEAD"),
+        "branches": git(root, "for-each-ref", "refs/heads"),
+        "stash": git(root, "stash", "list"),
+        "index": hashlib.sha256((root / ".git" / "index").read_bytes()).hexdigest(),
+        "files": {str(p): p.read_bytes() for p in files},
+        "git": sorted(p.name for p in (root / ".git").iterdir()),
+        "status": git(root, "status", "--porcelain=v2"),
+    }
+
+
+def make_untidy(root: Path) -> None:
+    """Leave staged, unstaged and untracked changes, and one file that is both."""
+    for name in ("both", "changed", "removed"):
+        (root / name).write_text("committed\n")
+    git(root, "add", ".")
+    commit(root)
+    (root / "both").write_text("staged\n")
+    (root / "staged").write_text("staged\n")
+    git(root, "add", "both", "staged")
+    git(root, "rm", "--quiet", "removed")
+    (root / "both").write_text("unstaged\n")
+    (root / "changed").write_text("unstaged\n")
+    (root / "untracked file").write_text("untracked\n")
+    git(root, "status", "--porcelain=v2")  # git refreshes its index here, and not while we compare
+
+
+def test_a_version_says_what_was_registered(manager: ModelVersionManager, tiny: Checkpoint):
+    version = manager.register_version(
+        Given("m", tiny, {"origin": "here"}),
+        "v1.0.0",
+        {"data": "UR50D"},
+        configuration={"epochs": 3},
+        dependencies=["base@1.0.0", "other"],
+        reason="first",
+        breaking="all",
+    )
+    record = version.record
+    assert record is not None
+    assert (version.reference, version.tag, version.current) == ("m@v1.0.0", "m@v1.0.0", True)
+    assert (record.model_digest, record.components) == (tiny.model_digest, tiny.digests)
+    assert record.architecture == json.loads(json.dumps(tiny.architecture.identity()))
+    assert (record.metadata, record.configuration, record.source) == (
+        {"data": "UR50D"},
+        {"epochs": 3},
+        {"origin": "here"},
+    )
+    assert record.dependencies == ("base@v1.0.0", "other@current")
+    assert (record.sequence, record.parent, record.reason, record.breaking) == (1, None, "first", "all")
+    assert record.time.endswith("+00:00")
+    assert manager.get_version("m", "1.0.0").record == record
+
+
+def test_its_weights_come_back_to_the_bit(manager: ModelVersionManager, tiny: Checkpoint):
+    manager.register_version(Given("m", tiny), "1.0.0")
+    back = manager.get_version("m", "1.0.0").checkpoint
+    assert back.architecture == tiny.architecture
+    assert back.tensors.keys() == tiny.tensors.keys()
+    assert all(torch.equal(back.tensors[name], tensor) for name, tensor in tiny.tensors.items())
+
+
+def test_where_git_knows_nobody_the_fallback_author_is_recorded_as_such(
+    manager: ModelVersionManager, repository: Path, tiny: Checkpoint, other: Checkpoint
+):
+    first = manager.register_version(Given("m", tiny), "1.0.0")
+    assert first.record
+    assert first.record.author == {"name": "proteus", "email": "proteus@localhost", "fallback": True}
+    assert "tagger proteus <proteus@localhost>" in git(repository, "cat-file", "tag", "m@v1.0.0")
+    git(repository, "config", "user.name", "Åsa")
+    git(repository, "config", "user.email", "asa@example.org")
+    second = manager.register_version(Given("m", other), "1.0.1")
+    assert second.record
+    assert second.record.author == {"name": "Åsa", "email": "asa@example.org", "fallback": False}
+    assert (second.record.sequence, second.record.parent) == (2, "1.0.0")
+    assert git(repository, "log", "-1", "--format=%an", "m@v1.0.1") == "Åsa"
+
+
+def test_branch_index_tree_and_untracked_files_stay(manager: ModelVersionManager, repository: Path, tiny: Checkpoint):
+    make_untidy(repository)
+    before = state(repository)
+    manager.register_version(Given("m", tiny), "1.0.0")
+    assert state(repository) == before
+    assert git(repository, "tag") == "m@v1.0.0"
+
+
+@pytest.mark.parametrize("obstacle", ["cache", "scratch", "dvc.yaml", "objects"])
+def test_all_of_it_stays_when_a_registration_fails_midway(
+    manager: ModelVersionManager, repository: Path, tiny: Checkpoint, obstacle: str, monkeypatch: pytest.MonkeyPatch
+):
+    make_untidy(repository)
+    if obstacle == "cache":
+        (repository / ".dvc" / "cache").mkdir()
+        (repository / ".dvc" / "cache" / "files").touch()
+    elif obstacle == "scratch":
+        (repository / ".proteus").touch()
+    elif obstacle == "dvc.yaml":
+        (repository / "dvc.yaml").write_text("stages: [\n")
+        git(repository, "add", "dvc.yaml")
+        commit(repository)
+        (repository / "dvc.yaml").write_text("stages: {}\n")
+        git(repository, "status")
+    else:
+        monkeypatch.setenv("GIT_OBJECT_DIRECTORY", str(repository / ".git" / "config" / "no folder"))
+    with monkeypatch.context() as patch:
+        patch.delenv("GIT_OBJECT_DIRECTORY", raising=False)
+        before = state(repository)
+    with pytest.raises(StorageError) as caught:
+        manager.register_version(Given("m", tiny), "1.0.0")
+    assert "\n" not in str(caught.value)
+    monkeypatch.delenv("GIT_OBJECT_DIRECTORY", raising=False)
+    assert state(repository) == before
+    assert git(repository, "tag") == ""
+
+
+def test_the_tag_is_a_child_of_head_that_nothing_else_leads_to(
+    manager: ModelVersionManager, repository: Path, tiny: Checkpoint
+):
+    (repository / "dvc.yaml").write_text("# ours\nstages: {}\n")
+    git(repository, "add", "dvc.yaml")
+    head = commit(repository)
+    version = manager.register_version(Given("m", tiny), "1.0.0")
+    assert git(repository, "rev-parse", f"{version.commit}^") == head
+    assert git(repository, "diff", "--name-only", head, version.commit).split() == [
+        "dvc.yaml",
+        "models/.gitignore",
+        "models/m.dvc",
+    ]
+    assert "# ours" in git(repository, "show", f"{version.commit}:dvc.yaml")
+    assert git(repository, "branch", "--all", "--contains", version.commit) == ""
+
+
+def test_the_tag_is_at_head_when_head_has_pointer_and_artifact(
+    manager: ModelVersionManager, repository: Path, tiny: Checkpoint
+):
+    pointer, _ = manager.store_weights("m", tiny)
+    (repository / "models").mkdir()
+    (repository / "models" / "m.dvc").write_text(pointer.text())
+    git(repository, "add", ".")
+    without = commit(repository, "the pointer alone")
+    assert manager.register_version(Given("m", tiny), "0.1.0").commit != without
+    (repository / "dvc.yaml").write_text("artifacts:\n  m:\n    path: models/m\n")
+    git(repository, "add", ".")
+    head = commit(repository, "and the artifact")
+    assert manager.register_version(Given("m", tiny), "1.0.0").commit == head
+    second = manager.register_version(Given("m", tiny), "1.0.1")
+    assert second.commit != head, "gto refuses two versions on one commit"
+    assert second.checkpoint.model_digest == tiny.model_digest
+
+
+def test_registering_the_same_again_changes_nothing(manager: ModelVersionManager, repository: Path, tiny: Checkpoint):
+    first = manager.register_version(Given("m", tiny), "1.0.0", {"data": ("a", 1)})
+    refs = git(repository, "for-each-ref")
+    assert manager.register_version(Given("m", tiny), "1.0.0") == first
+    assert manager.register_version(Given("m", tiny), "v1.0.0", {"data": ["a", 1]}) == first
+    assert manager.register_version(Given("m", tiny), "v1.0.0", {"data": ("a", 1)}) == first
+    assert git(repository, "for-each-ref") == refs
+
+
+def test_other_weights_under_the_same_version_conflict_and_both_digests_are_shown(
+    manager: ModelVersionManager, repository: Path, tiny: Checkpoint, other: Checkpoint
+):
+    manager.register_version(Given("m", tiny), "1.0.0")
+    refs = git(repository, "for-each-ref")
+    with pytest.raises(VersionConflictError) as caught:
+        manager.register_version(Given("m", other), "1.0.0")
+    assert tiny.model_digest in str(caught.value)
+    assert other.model_digest in str(caught.value)
+    assert git(repository, "for-each-ref") == refs
+
+
+@pytest.mark.parametrize("metadata", [{}, {"data": "b"}, {"data": "a", "more": 1}])
+def test_other_metadata_under_the_same_version_conflict(
+    manager: ModelVersionManager, tiny: Checkpoint, metadata: dict[str, Any]
+):
+    manager.register_version(Given("m", tiny), "1.0.0", {"data": "a"})
+    with pytest.raises(VersionConflictError, match="other metadata"):
+        manager.register_version(Given("m", tiny), "1.0.0", metadata)
+
+
+@pytest.mark.parametrize("metadata", [{"a": object()}, {"a": float("nan")}, {("a",): 1}])
+def test_metadata_that_no_record_can_hold_is_refused_before_anything_is_stored(
+    manager: ModelVersionManager, repository: Path, tiny: Checkpoint, metadata: dict[str, Any]
+):
+    with pytest.raises(ConfigError, match="the metadata is not JSON-like"):
+        manager.register_version(Given("m", tiny), "1.0.0", metadata)
+    assert not (repository / ".dvc" / "cache").exists()
+
+
+def test_the_number_of_a_deleted_version_is_not_used_again(
+    manager: ModelVersionManager, repository: Path, tiny: Checkpoint, other: Checkpoint
+):
+    manager.register_version(Given("m", tiny), "1.0.0")
+    manager.register_version(Given("m", other), "1.1.0")
+    git(repository, "tag", "m@v1.1.0!", "m@v1.1.0^{commit}")
+    assert [v.version for v in manager.list_versions("m")] == ["1.0.0"]
+    assert manager.resolve("m").version == "1.0.0"
+    with pytest.raises(VersionNotFoundError, match=r"no version v1\.1\.0.*it has v1\.0\.0"):
+        manager.get_version("m", "1.1.0")
+    for checkpoint in (tiny, other):
+        with pytest.raises(VersionConflictError, match="was deleted, and a version number is never used again"):
+            manager.register_version(Given("m", checkpoint), "1.1.0")
+    assert manager.register_version(Given("m", other), "1.1.1").current
+
+
+@pytest.mark.parametrize("name", ["", "a b", "-m", "m/", "a//b", "../m", "m.pt", "m@v1", "m#x", "é", "m\n", "x" * 101])
+def test_bad_names_are_one_line(manager: ModelVersionManager, tiny: Checkpoint, name: str):
+    with pytest.raises(InvalidVersionError) as caught:
+        manager.register_version(Given(name, tiny), "1.0.0")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(InvalidVersionError):
+        manager.list_versions(name)
+
+
+@pytest.mark.parametrize(
+    "version", ["", "1", "1.0", "01.0.0", "1.0.0-", "1.0.0.0", "latest", "1.x", "1.0.0 ", "v", "\u0661.0.0"]
+)
+def test_bad_versions_are_one_line_with_the_nearest(manager: ModelVersionManager, tiny: Checkpoint, version: str):
+    with pytest.raises(InvalidVersionError, match=r"no semantic version.*the nearest is \d") as caught:
+        manager.register_version(Given("m", tiny), version)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_bad_dependency_is_refused_before_anything_is_stored(
+    manager: ModelVersionManager, repository: Path, tiny: Checkpoint
+):
+    with pytest.raises(InvalidVersionError, match=r"'1\.a'"):
+        manager.register_version(Given("m", tiny), "1.0.0", dependencies=["base@1.a"])
+    assert not (repository / ".dvc" / "cache").exists()
+
+
+def test_references_mean_what_they_say(manager: ModelVersionManager, tiny: Checkpoint):
+    for version in ("1.9.0", "1.10.0", "1.9.1", "2.0.0-rc.1", "0.1.0"):
+        manager.register_version(Given("m", tiny), version)
+    meant = {r: manager.resolve(r).version for r in ("m", "m@current", "m@latest", "m@1.x", "m@1.9.x", "m@v2.0.0-rc.1")}
+    assert list(meant.values()) == ["1.10.0", "1.10.0", "1.10.0", "1.10.0", "1.9.1", "2.0.0-rc.1"]
+    assert [v.version for v in manager.list_versions("m")] == ["0.1.0", "1.9.0", "1.9.1", "1.10.0", "2.0.0-rc.1"]
+    assert [v.version for v in manager.list_versions("m") if v.current] == ["1.10.0"]
+    with pytest.raises(VersionNotFoundError, match=r"m has no version 3\.x"):
+        manager.resolve("m@3.x")
+
+
+def test_models_whose_names_begin_alike_are_kept_apart(manager: ModelVersionManager, tiny: Checkpoint):
+    for name in ("m", "m2", "m/m", "x/m"):
+        manager.register_version(Given(name, tiny), "1.0.0")
+    assert list(manager.list_models()) == ["m", "m/m", "m2", "x/m"]
+    assert [v.name for v in manager.list_versions("m")] == ["m"]
+    assert manager.get_version("m/m", "1.0.0").checkpoint.model_digest == tiny.model_digest
+    with pytest.raises(
+        VersionNotFoundError, match=r"no model n is registered in .*; registered there: m, m/m, m2, x/m"
+    ):
+        manager.resolve("n")
+
+
+def test_tags_that_are_no_versions_disturb_nothing(manager: ModelVersionManager, repository: Path, tiny: Checkpoint):
+    manager.register_version(Given("m", tiny), "1.0.0")
+    for tag in ("v1.0", "m@v01.0.0", "m@v1.0.0-01", "m#prod#1", "release"):
+        git(repository, "tag", tag)
+    assert [v.reference for found in manager.list_models().values() for v in found] == ["m@v1.0.0"]
+
+
+@pytest.mark.parametrize("name", ["esm2_tiny", "lab/123"])
+def test_gto_and_dvc_work_on_our_tags_and_give_the_same_bytes(
+    manager: ModelVersionManager, repository: Path, tiny: Checkpoint, tmp_path: Path, name: str
+):
+    version = manager.register_version(Given(name, tiny), "1.0.0")
+    files = DvcCache(repository).files(version.pointer)
+    assert files is not None
+    command(repository, "dvc", "artifacts", "get", ".", name, "--rev", "v1.0.0", "-o", str(tmp_path / "out"))
+    got = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    assert got == {file: path.read_bytes() for file, path in files.items()}
+    if name != "esm2_tiny":
+        return
+    assert "v1.0.0" in command(repository, "gto", "show", name, "--repo", str(repository))
+    git(repository, "checkout", "--quiet", "esm2_tiny@v1.0.0")
+    command(repository, "dvc", "checkout")
+    assert {p.name: p.read_bytes() for p in (repository / "models" / name).iterdir()} == got
+    assert git(repository, "status", "--porcelain", "--", ".", ":!.dvc") == ""
+
+
+def test_a_version_that_gto_registered_is_listed_and_read(
+    manager: ModelVersionManager, repository: Path, tiny: Checkpoint, other: Checkpoint
+):
+    pointer, _ = manager.store_weights("m", tiny)
+    (repository / "models").mkdir()
+    (repository / "models" / "m.dvc").write_text(pointer.text())
+    git(repository, "add", ".")
+    commit(repository)
+    for key, value in (("user.name", "A"), ("user.email", "a@example.org")):
+        git(repository, "config", key, value)
+    command(repository, "gto", "register", "m", "--version", "v1.0.0", "--repo", str(repository))
+    [version] = manager.list_versions("m")
+    assert (version.reference, version.record, version.current) == ("m@v1.0.0", None, True)
+    assert version.checkpoint.model_digest == tiny.model_digest
+    assert manager.register_version(Given("m", tiny), "1.0.0") == version
+    with pytest.raises(VersionConflictError, match=other.model_digest):
+        manager.register_version(Given("m", other), "1.0.0")
+    second = manager.register_version(Given("m", other), "1.1.0")
+    assert second.record
+    assert (second.record.parent, second.current) == ("1.0.0", True)
+
+
+def test_weights_that_are_not_in_the_cache_say_how_to_get_them(
+    manager: ModelVersionManager, repository: Path, tiny: Checkpoint
+):
+    version = manager.register_version(Given("m", tiny), "1.0.0")
+    DvcCache(repository).object(version.pointer.md5).unlink()
+    with pytest.raises(StorageError, match=r"not in the DVC cache; .*proteus model fetch m@v1\.0\.0"):
+        manager.get_version("m", "1.0.0").checkpoint  # noqa: B018
+
+
+def reading_error(manager: ModelVersionManager) -> IntegrityError | None:
+    """Read m@v1.0.0; bytes that say nothing of its tensors (padding, a title) may be other ones."""
+    known = manager.get_version("m", "1.0.0")
+    try:
+        read = known.checkpoint
+    except IntegrityError as error:
+        return error
+    assert known.record
+    assert read.digests == known.record.components
+    return None
+
+
+def test_a_flipped_bit_anywhere_in_the_weights_is_found_before_they_are_used(
+    manager: ModelVersionManager, repository: Path, tiny: Checkpoint
+):
+    """Objects keep the mode 0444, by which DVC itself trusts them unread."""
+    version = manager.register_version(Given("m", tiny), "1.0.0")
+    files = DvcCache(repository).files(version.pointer)
+    assert files is not None
+    found = 0
+    for path in files.values():
+        whole = path.read_bytes()
+        size = len(whole)
+        for place in {0, 3, 9, 40, size // 3, size // 2, size - 1} & set(range(size)):
+            for bit in (0x01, 0x80):
+                data = bytearray(whole)
+                data[place] ^= bit
+                path.chmod(0o644)
+                path.write_bytes(data)
+                path.chmod(0o444)
+                error = reading_error(manager)
+                found += error is not None
+                assert error is None or "proteus model fetch m@v1.0.0 --force" in error.remedy
+        path.chmod(0o644)
+        path.write_bytes(whole)
+        path.chmod(0o444)
+    assert found > 60
+    assert manager.get_version("m", "1.0.0").checkpoint.digests == tiny.digests
+
+
+def test_every_single_bit_of_a_tensor_counts(manager: ModelVersionManager, repository: Path, tiny: Checkpoint):
+    version = manager.register_version(Given("m", tiny), "1.0.0")
+    files = DvcCache(repository).files(version.pointer)
+    assert files is not None
+    path = files["model-layer-1.safetensors"]
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 0x10
+    path.chmod(0o644)
+    path.write_bytes(data)
+    path.chmod(0o444)
+    with pytest.raises(IntegrityError, match=r"m@v1\.0\.0 in the DVC cache are damaged \(trunk\)"):
+        manager.get_version("m", "1.0.0").checkpoint  # noqa: B018
+
+
+def move_tag(root: Path, target: str) -> None:
+    """Give the tag m@v1.0.0 another commit and its own message, as somebody who tampers would."""
+    message = git(root, "for-each-ref", "--format=%(contents)", "refs/tags/m@v1.0.0")
+    who = ("-c", "user.name=X", "-c", "user.email=x@example.org")
+    git(root, *who, "tag", "-f", "-a", "--cleanup=verbatim", "-m", message + "\n", "m@v1.0.0", target)
+
+
+def test_a_pointer_that_is_not_the_records_is_refused(
+    manager: ModelVersionManager, repository: Path, tiny: Checkpoint, other: Checkpoint
+):
+    manager.register_version(Given("m", tiny), "1.0.0")
+    elsewhere = manager.register_version(Given("m", other), "1.1.0")
+    move_tag(repository, elsewhere.commit)
+    version = manager.get_version("m", "1.0.0")
+    assert version.record
+    with pytest.raises(IntegrityError, match="is not the pointer in the tag's record"):
+        version.checkpoint  # noqa: B018
+    move_tag(repository, "HEAD")
+    with pytest.raises(IntegrityError, match=r"models/m\.dvc is not in the commit of tag m@v1\.0\.0"):
+        manager.get_version("m", "1.0.0").pointer  # noqa: B018
+
+
+def test_a_record_of_another_version_is_refused(manager: ModelVersionManager, repository: Path, tiny: Checkpoint):
+    manager.register_version(Given("m", tiny), "1.0.0")
+    git(repository, "update-ref", "refs/tags/m@v2.0.0", git(repository, "rev-parse", "m@v1.0.0"))
+    with pytest.raises(IntegrityError, match=r"tag m@v2\.0\.0 is of m@v1\.0\.0"):
+        manager.list_versions("m")
+
+
+RACERS, ROUNDS = 4, 5
+
+
+def race(root: Path, checkpoint: Checkpoint, barrier: Any, results: Any) -> None:
+    manager = ModelVersionManager(root)
+    for number in range(ROUNDS):
+        barrier.wait(60)
+        try:
+            version = manager.register_version(Given("m", checkpoint), f"1.{number}.0")
+            results.put((number, "won", version.record.model_digest if version.record else ""))
+        except ProteusError as error:
+            results.put((number, type(error).__name__, str(error)))
+
+
+def test_of_those_who_race_for_a_version_one_wins_and_the_others_are_told(repository: Path):
+    fork = multiprocessing.get_context("fork")
+    barrier, results = fork.Barrier(RACERS), fork.Queue()
+    models = [make_checkpoint(seed=10 + i) for i in range(RACERS)]
+    racers = [fork.Process(target=race, args=(repository, model, barrier, results)) for model in models]
+    for racer in racers:
+        racer.start()
+    outcomes = [results.get(timeout=60) for _ in range(RACERS * ROUNDS)]
+    for racer in racers:
+        racer.join(60)
+    manager = ModelVersionManager(repository)
+    for number in range(ROUNDS):
+        kinds = sorted(kind for n, kind, _ in outcomes if n == number)
+        assert kinds == ["VersionConflictError"] * (RACERS - 1) + ["won"], outcomes
+        [digest] = [text for n, kind, text in outcomes if n == number and kind == "won"]
+        assert manager.get_version("m", f"1.{number}.0").checkpoint.model_digest == digest
+        assert all(digest in text for n, kind, text in outcomes if n == number and kind != "won")
+    assert git(repository, "status", "--porcelain") == ""
+
+
+def test_a_home_of_its_own_is_made_on_first_use(tmp_path: Path, tiny: Checkpoint):
+    manager = ModelVersionManager(tmp_path / "home")
+    assert manager.list_models() == {}
+    manager.register_version(Given("m", tiny), "1.0.0")
+    again = ModelVersionManager(tmp_path / "home")
+    assert again.resolve("m").checkpoint.model_digest == tiny.model_digest
+
+
+def test_the_first_commit_of_a_repository_may_be_the_tags(tmp_path: Path, tiny: Checkpoint):
+    git(tmp_path, "init", "--quiet")
+    (tmp_path / ".dvc").mkdir()
+    version = ModelVersionManager(tmp_path).register_version(Given("m", tiny), "1.0.0")
+    assert git(tmp_path, "rev-list", "--count", version.commit) == "1"
+    assert version.checkpoint.model_digest == tiny.model_digest
