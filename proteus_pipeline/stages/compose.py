@@ -85,16 +85,15 @@ def rules_of(data: dict[str, Any]) -> Rules:
 
 def recipe_of(composed: dict[str, Any], stage: str) -> Recipe:
     """Return the recipe of a stage in a composed configuration."""
-    data, e = composed["data"], composed["embedding"]
-    windowed = data["long"] == "window"
+    own, e = composed["stages"][stage], composed["embedding"]
     return Recipe(
-        layer=composed["stages"][stage]["layer"],
+        layer=own["layer"],
         pooling=e["pooling"],
         precision=e["precision"],
         numerics=e["numerics"],
         stored=e["stored"],
-        window=data["max_length"] if windowed else 0,
-        overlap=data["overlap"] if windowed else 0,
+        window=own["window"],
+        overlap=own["overlap"],
     )
 
 
@@ -108,7 +107,7 @@ def _stage(
     if reference is None:
         if stage == "embed":
             raise ConfigError(f"{composition.origin('model')}: the embed stage has no model", "set model=NAME@vX.Y.Z")
-        return {"model": dict(_NO_MODEL), "layer": None}
+        return {"model": dict(_NO_MODEL), "layer": None, "window": None, "overlap": None}
     key = _source_key(composition, stage)
     try:
         version = _version(project, reference, progress)
@@ -126,7 +125,15 @@ def _stage(
     except ConfigError as error:
         raise composition.blame(error, "embedding.layer") from error
     model = {"reference": version.reference, "name": version.name, "version": version.version}
-    return {"model": model | {"digest": locked.model, "trunk_digest": locked.trunk}, "layer": layer}
+    window, overlap = _windows(composition)
+    model |= {"digest": locked.model, "trunk_digest": locked.trunk}
+    return {"model": model, "layer": layer, "window": window, "overlap": overlap}
+
+
+def _windows(composition: Composition) -> tuple[int, int]:
+    """Return a window's length and overlap, zeros where long sequences are not windowed: then neither matters."""
+    data = composition.settings.data
+    return (data.max_length, data.overlap) if data.long == "window" else (0, 0)
 
 
 def _source_key(composition: Composition, stage: str) -> str:
@@ -167,11 +174,8 @@ def _check_ranges(composition: Composition) -> None:
 
 
 def _recipe_values(composition: Composition) -> None:
-    s = composition.settings
-    windowed = s.data.long == "window"
-    e = s.embedding
-    window, overlap = (s.data.max_length, s.data.overlap) if windowed else (0, 0)
-    Recipe(0, e.pooling, e.precision, e.numerics, e.stored, window, overlap)
+    e = composition.settings.embedding
+    Recipe(0, e.pooling, e.precision, e.numerics, e.stored, *_windows(composition))
 
 
 def _check_cache(accept: str) -> None:

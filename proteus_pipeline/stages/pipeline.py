@@ -40,9 +40,6 @@ def run_pipeline(
 ) -> RunSummary:
     """Write overrides to params.yaml as ``dvc exp run -S`` does, and run ``dvc repro``.
 
-    DVC's run cache is left out: it would restore a manifest without asking whether the embeddings it lists are still
-    there. The embedding cache makes running the stage cheap.
-
     Raises
     ------
     ConfigError
@@ -64,7 +61,7 @@ def run_pipeline(
     write_params(project.work, overrides)
     before = project.run_log().get("stages", {})
     started = time.perf_counter()
-    command = [sys.executable, "-m", "dvc", "repro", "--no-run-cache", *(["--force"] if force else [])]
+    command = [sys.executable, "-m", "dvc", "repro", *(["--force"] if force else [])]
     # The stages call `proteus`: the one beside this interpreter, also where no environment is activated.
     path = os.pathsep.join((os.path.dirname(sys.executable), os.environ.get("PATH", "")))  # noqa: PTH120
     done = subprocess.run(command, cwd=project.work, check=False, env=os.environ | {"PATH": path})

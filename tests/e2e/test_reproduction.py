@@ -68,7 +68,8 @@ def test_without_outputs_everything_is_a_hit(clone: Clone) -> None:
         path = clone.root / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     clone.git("checkout", "--quiet", ".")
-    clone.run("proteus", "run")
+    output = clone.run("proteus", "run")
+    assert "100 hits, 0 derived, 0 computed" in output
     assert clone.counts() == (100, 0)
     assert clone.lock() == before
 
@@ -138,7 +139,7 @@ def test_adhoc_embedding_leaves_the_pipeline_alone(clone: Clone, proteins: dict[
     write_fasta(clone, "two.fasta", dict(list(proteins.items())[:2]))
     output = clone.run("proteus", "embed", "two.fasta", "-o", "two.npz")
     assert "2 hits, 0 derived, 0 computed" in output
-    assert clone.git("status", "--porcelain").split() == ["??", "two.fasta", "??", "two.npz"]
+    assert clone.git("status", "--porcelain", "--untracked-files=no") == ""
     ids, arrays = load_embeddings(clone.root / "results/embeddings.json")
     with np.load(clone.root / "two.npz") as exported:
         assert sorted(exported.files) == sorted(ids[:2])
