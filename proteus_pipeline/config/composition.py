@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,7 +115,12 @@ def _hydra_compose(conf: Path, chosen: Mapping[str, str]) -> DictConfig:
     try:
         with initialize_config_dir(str(conf.resolve()), version_base="1.3"):
             return hydra_compose("config", [f"{group}={option}" for group, option in chosen.items()])
-    except (HydraException, OmegaConfBaseException) as error:
+    except yaml.MarkedYAMLError as error:
+        # Hydra is stricter than YAML: a key may not stand twice.
+        mark = error.problem_mark
+        place = f"{CONF}/{Path(mark.name).relative_to(conf.resolve())}, line {mark.line + 1}" if mark else f"{CONF}/"
+        raise ConfigError(f"{place}: {error.problem}", "correct it, or git checkout it") from error
+    except (HydraException, OmegaConfBaseException, TypeError, ValueError) as error:
         raise ConfigError(f"{CONF}/ can't be composed: {_first_line(error)}", "correct the defaults list") from error
 
 
@@ -133,17 +139,20 @@ def _origins(conf: Path, composed: DictConfig, chosen: Mapping[str, str]) -> dic
 
 def _set(merged: Any, key: str, value: Any, where: str) -> Any:
     from omegaconf import OmegaConf
-    from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+    from omegaconf.errors import OmegaConfBaseException
 
+    known = known_keys()
+    if any(k.startswith(f"{key}.") for k in known):
+        if value == {}:
+            return merged
+        raise ConfigError(f"{where}: {key} is a group of settings, not {value!r}", "set one of its keys")
+    if key not in known:
+        near = difflib.get_close_matches(key, known, n=1)
+        remedy = f"did you mean {near[0]}?" if near else "the keys are those of conf/"
+        raise ConfigError(f"{where}: {key} is no setting", remedy)
     try:
         OmegaConf.update(merged, key, value, merge=True)
-    except ConfigKeyError as error:
-        near = difflib.get_close_matches(key, known_keys(), n=1)
-        remedy = f"did you mean {near[0]}?" if near else "the keys are those of conf/"
-        raise ConfigError(f"{where}: {key} is no setting", remedy) from error
     except (OmegaConfBaseException, TypeError, ValueError, AttributeError) as error:
-        if any(known.startswith(f"{key}.") for known in known_keys()):
-            raise ConfigError(f"{where}: {key} is a group of settings, not {value!r}", "set one of its keys") from error
         raise ConfigError(f"{where}: {key}: {_first_line(error)}", "correct its value") from error
     return merged
 
@@ -157,12 +166,13 @@ def overlay(params: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, 
     return merged
 
 
-def known_keys() -> list[str]:
+@functools.cache
+def known_keys() -> tuple[str, ...]:
     """Return every setting's dotted key."""
     from omegaconf import OmegaConf
 
     value = OmegaConf.to_container(OmegaConf.structured(Settings), resolve=False)
-    return [key for key, _ in _leaves(value)]
+    return tuple(key for key, _ in _leaves(value))
 
 
 def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

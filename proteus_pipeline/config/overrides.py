@@ -41,6 +41,8 @@ def parse(overrides: Sequence[str]) -> dict[str, Any]:
             )
         if override.is_add() or override.is_force_add() or override.is_delete():
             raise ConfigError(f"{text!r} adds or deletes a key", "the settings are fixed: KEY=VALUE")
+        if not override.key_or_group:
+            raise ConfigError(f"{text!r} is no Hydra override", "write KEY=VALUE")
         *parents, leaf = override.key_or_group.split(".")
         place = nested
         for parent in parents:
@@ -67,6 +69,10 @@ def write_params(root: Path, overrides: Sequence[str]) -> None:
     compose(root, read_params(path), changes=changes)
     if not overrides:
         return
+    if not path.exists():
+        raise ConfigError(
+            f"{path.name} does not exist", f"git checkout {path.name}: what a run may change stands there"
+        )
     from dvc.exceptions import DvcException
     from dvc.utils.hydra import apply_overrides
     from hydra.errors import HydraException
@@ -74,7 +80,8 @@ def write_params(root: Path, overrides: Sequence[str]) -> None:
     try:
         apply_overrides(str(path), list(overrides))
     except (DvcException, HydraException) as error:
-        line = str(error).strip().splitlines()[0]
+        # DVC's own sentence is "Invalid --set-param value"; Hydra's names the key.
+        line = (str(error.__cause__ or error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(
             f"params.yaml does not take {' '.join(overrides)} ({line})", "git checkout params.yaml"
         ) from error

@@ -92,6 +92,13 @@ def test_weights_stored_in_another_precision_are_another_trunk(dtype: torch.dtyp
     assert canonical(TINY.architecture, widened, "it").trunk_digest != other.trunk_digest
 
 
+def test_the_same_bytes_under_another_dtype_are_another_trunk():
+    half = {n: t.half() for n, t in TINY.tensors.items() if "inv_freq" not in n}
+    brain = {n: t.view(torch.bfloat16) for n, t in half.items()}
+    one, two = (canonical(TINY.architecture, tensors, "it") for tensors in (half, brain))
+    assert one.trunk_digest != two.trunk_digest
+
+
 def test_inv_freq_is_kept_bit_for_bit_widened_without_loss_and_written_only_where_absent():
     name = "esm.encoder.layer.0.attention.self.rotary_embeddings.inv_freq"
     other = name.replace("layer.0", "layer.1")

@@ -21,7 +21,7 @@ def bits(array: np.ndarray) -> bytes:
     return array.tobytes()
 
 
-@settings(max_examples=60)
+@settings(deadline=None)
 @given(HIDDEN)
 def test_the_mean_is_the_exact_mean_of_residues_rounded(hidden: np.ndarray):
     for column, got in enumerate(pool(hidden, "mean")):
@@ -33,6 +33,7 @@ def test_the_mean_is_the_exact_mean_of_residues_rounded(hidden: np.ndarray):
         )
 
 
+@settings(deadline=None)
 @given(HIDDEN)
 def test_the_other_poolings_are_rows_and_maxima(hidden: np.ndarray):
     assert bits(pool(hidden, "cls")) == bits(hidden[0])
@@ -40,6 +41,7 @@ def test_the_other_poolings_are_rows_and_maxima(hidden: np.ndarray):
     assert pool(hidden, "max").tolist() == [max(hidden[1:-1, c].tolist()) for c in range(hidden.shape[1])]
 
 
+@settings(deadline=None)
 @given(HIDDEN)
 def test_stored_residues_pool_to_the_same_bits(hidden: np.ndarray):
     residues = pool(hidden, "per_residue")

@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from proteus_pipeline import ModelInterface, ModelVersionManager
+from proteus_pipeline.errors import InvalidVersionError, ModelError, StorageError, VersionNotFoundError
+from proteus_pipeline.models.checkpoint import Checkpoint
+from proteus_pipeline.models.encoder import Esm2Encoder
+from proteus_pipeline.models.folder import write_folder
+
+SEQUENCES = ["MKTAYIAKQR", "A", "GAVLIMFWPSTCYNQDEKRH", "MKTAYIAKQR"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, tiny: Checkpoint) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "tiny"
+    write_folder(tiny, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> ModelInterface:
+    return ModelInterface("m", weights=folder)
+
+
+def hidden(checkpoint: Checkpoint, layer: int) -> dict[int, np.ndarray]:
+    return {i: states[layer] for i, states in Esm2Encoder(checkpoint).encode(SEQUENCES, [layer])}
+
+
+def test_nothing_is_read_until_it_is_used(tmp_path: Path, tiny: Checkpoint):
+    model = ModelInterface("lab/m", weights=tmp_path / "later")
+    assert (model.name, model.version, model.source) == ("lab/m", None, {"origin": "later"})
+    with pytest.raises(StorageError, match="later does not exist"):
+        model.checkpoint  # noqa: B018
+    write_folder(tiny, tmp_path / "later")
+    assert model.checkpoint.model_digest == tiny.model_digest
+    assert model.checkpoint is model.checkpoint
+
+
+def test_a_model_that_is_not_registered_is_only_missed_when_it_is_used(repository: Path):
+    model = ModelInterface("m@v1.0.0", ModelVersionManager(repository))
+    with pytest.raises(VersionNotFoundError, match="no model m is registered"):
+        model.embed(["MK"])
+
+
+@pytest.mark.parametrize("name", ["", "a b", "m@", "m@1.a", "m@^1"])
+def test_a_name_that_breaks_the_grammar_is_refused_at_once(name: str):
+    with pytest.raises(InvalidVersionError):
+        ModelInterface(name)
+
+
+def test_a_registered_version_is_found_by_any_reference(
+    repository: Path, model: ModelInterface, tiny: Checkpoint, monkeypatch: pytest.MonkeyPatch
+):
+    manager = ModelVersionManager(repository)
+    manager.register_version(model, "1.0.0")
+    for reference in ("m", "m@v1.0.0", "m@1.x", "m@latest"):
+        found = ModelInterface(reference, manager)
+        assert found.version is not None
+        assert (found.name, found.version.reference) == ("m", "m@v1.0.0")
+        assert found.checkpoint.model_digest == tiny.model_digest
+        assert found.source == {}
+    monkeypatch.chdir(repository)
+    assert ModelInterface("m").checkpoint.model_digest == tiny.model_digest
+
+
+def test_outside_a_project_the_home_is_used(model: ModelInterface, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PROTEUS_HOME", str(tmp_path / "home"))
+    ModelVersionManager(tmp_path / "home").register_version(model, "1.0.0")
+    version = ModelInterface("m").version
+    assert version is not None
+    assert version.root == tmp_path / "home"
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2, -1, -3])
+def test_embeddings_per_residue_are_the_encoders(model: ModelInterface, layer: int):
+    found = model.embed(SEQUENCES, layer=layer, pooling="per_residue")
+    expected = hidden(model.checkpoint, layer % 3)
+    assert [e.shape for e in found] == [(len(s), 32) for s in SEQUENCES]
+    assert all(e.dtype == np.float32 for e in found)
+    assert len({e.tobytes() for e in found}) == 3, "equal sequences have equal embeddings, and others do not"
+    for i, embedding in enumerate(found):
+        np.testing.assert_array_equal(embedding, expected[i][1:-1])
+
+
+@pytest.mark.parametrize("pooling", ["mean", "max"])
+def test_pooled_embeddings_are_over_the_residues_alone(model: ModelInterface, pooling: str):
+    found = model.embed(SEQUENCES, pooling=pooling)
+    residues = model.embed(SEQUENCES, pooling="per_residue")
+    assert [e.shape for e in found] == [(32,)] * len(SEQUENCES)
+    for pooled, each in zip(found, residues, strict=True):
+        np.testing.assert_allclose(pooled, getattr(each, pooling)(axis=0), rtol=1e-5, atol=1e-6)
+
+
+def test_the_start_tokens_embedding_is_the_encoders(model: ModelInterface):
+    expected = hidden(model.checkpoint, 2)
+    for i, embedding in enumerate(model.embed(SEQUENCES, pooling="cls")):
+        np.testing.assert_array_equal(embedding, expected[i][0])
+
+
+def test_no_sequences_give_no_embeddings(model: ModelInterface):
+    assert model.embed([]) == []
+
+
+def test_the_fair_esm_model_has_the_same_weights_and_gives_the_same_numbers(model: ModelInterface):
+    esm2, alphabet = model.to_fair_esm()
+    assert not esm2.training
+    _, _, tokens = alphabet.get_batch_converter()([("a", SEQUENCES[2])])
+    with torch.no_grad():
+        theirs = esm2(tokens, repr_layers=[2])["representations"][2][0, 1:-1].numpy()
+    ours = model.embed([SEQUENCES[2]], pooling="per_residue")[0]
+    np.testing.assert_allclose(ours, theirs, atol=5e-6 * np.abs(theirs).max())
+
+
+def test_weights_that_are_no_model_are_refused(tmp_path: Path):
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(ModelError, match="model_type 'bert'"):
+        ModelInterface("m", weights=tmp_path).embed(["MK"])
