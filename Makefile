@@ -41,8 +41,8 @@ bench: setup ## each benchmark's ratio
 torture: setup ## the fault runs at full count: hours of kill -9
 	PROTEUS_TORTURE=1 $(BIN)/python -m pytest -n $${PYTEST_WORKERS:-2} --dist loadgroup -m torture
 
-docs: setup ## the examples in README and docstrings run as they stand
-	$(BIN)/python -m pytest --doctest-modules proteus_pipeline README.md
+docs: setup ## the commands and code in README, and the examples in docstrings, run as they stand
+	$(BIN)/python -m pytest proteus_pipeline tests/e2e/test_readme.py
 
 clean: ## remove what can be made again, but not the caches of weights and embeddings
 	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

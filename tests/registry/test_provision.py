@@ -199,6 +199,9 @@ def clones(repository: Path, tmp_path: Path) -> tuple[ModelVersionManager, Model
     git(tmp_path, "clone", "--quiet", "--bare", str(repository), "hub.git")
     for name in ("one", "two"):
         git(tmp_path, "clone", "--quiet", "hub.git", name)
+        # Two authors: two tags made in one second by one author would be the same object by chance.
+        git(tmp_path / name, "config", "user.name", name)
+        git(tmp_path / name, "config", "user.email", f"{name}@example.org")
     return ModelVersionManager(tmp_path / "one"), ModelVersionManager(tmp_path / "two")
 
 
