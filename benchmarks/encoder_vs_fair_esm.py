@@ -57,7 +57,9 @@ def main() -> None:
     ratios = [b / a for a, b in zip(seconds["ours"], seconds["fair-esm"], strict=True)]
     print(f"{len(proteins)} proteins, {sum(len(s) for _, s in proteins)} residues, {torch.get_num_threads()} threads")
     print(f"ours {statistics.median(seconds['ours']):.2f} s, fair-esm {statistics.median(seconds['fair-esm']):.2f} s")
-    print(f"ratio {statistics.median(ratios):.2f} (from {min(ratios):.2f} to {max(ratios):.2f}); vectors agree to {worst:.1e}")
+    print(
+        f"ratio {statistics.median(ratios):.2f} (from {min(ratios):.2f} to {max(ratios):.2f}); vectors agree to {worst:.1e}"
+    )
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import os
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -82,7 +81,7 @@ def tiny() -> Checkpoint:
 
 
 @pytest.fixture
-def repository(tmp_path: Path) -> Iterator[Path]:
+def repository(tmp_path: Path) -> Path:
     """A git repository with DVC's folder and one commit, in a folder with a space in its name."""
     root = tmp_path / "a project"
     (root / ".dvc").mkdir(parents=True)
@@ -91,7 +90,7 @@ def repository(tmp_path: Path) -> Iterator[Path]:
     git(root, "init", "--quiet", "--initial-branch=main")
     git(root, "add", ".")
     git(root, "-c", "user.name=A", "-c", "user.email=a@example.org", "commit", "--quiet", "-m", "start")
-    yield root
+    return root
 
 
 def git(root: Path, *args: str) -> str:

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from proteus_pipeline.errors import ConfigError
+from proteus_pipeline.errors import ConfigError, StorageError
 
 if TYPE_CHECKING:
     from proteus_pipeline.registry.versions import ModelVersion, ModelVersionManager
@@ -49,7 +49,10 @@ def _verb(these: Any, name: str, run: Any, text: str, *, home: bool = True) -> a
     return parser
 
 
-def _manager(args: argparse.Namespace) -> ModelVersionManager:
+def _manager(args: argparse.Namespace, *, create: bool = False) -> ModelVersionManager:
+    if args.home and not create and not Path(args.home).expanduser().exists():
+        # Only a registration makes a home: a listing of a mistyped one would be empty, and leave a repository behind.
+        raise StorageError(f"{args.home} does not exist", "name the folder of a registry, or register a model there")
     from proteus_pipeline.registry.home import registry_home
     from proteus_pipeline.registry.versions import ModelVersionManager
 
@@ -60,7 +63,7 @@ def _register(args: argparse.Namespace) -> int:
     from proteus_pipeline.serving.interface import ModelInterface
 
     metadata = _pairs(args.meta)
-    manager = _manager(args)
+    manager = _manager(args, create=True)
     version = manager.register_version(
         ModelInterface(args.name, manager, weights=args.weights),
         args.version,

@@ -286,7 +286,7 @@ def _find_files(path: Path) -> FetchedWeights:
             raise ModelError(f"{path} is no weights file", "name a .safetensors, .bin or .pt file, or a folder")
     else:
         raise StorageError(f"{path} does not exist", "check the path of the weights")
-    return FetchedWeights(path, {file.name: sha256_file(file) for file in files}, str(path))
+    return FetchedWeights(path, {file.name: sha256_file(file) for file in files}, path.name)
 
 
 def load_catalogue(folder: Path) -> dict[str, ModelEntry]:

@@ -97,9 +97,9 @@ def parse_tag(tag: str) -> tuple[str, str, str | None, int | None] | None:
 def fold(name: str, events: Iterable[Event]) -> History:
     """Put a model's events in order, and return what they come to.
 
-    A release becomes current on registration when it is greater than the current version, so that neither a back-port
-    nor a pre-release displaces it; a ``made current`` event decides by itself; deleting the current version leaves
-    the greatest live release.
+    A release becomes current on registration when it is greater than the current version, or the current version is a
+    pre-release, so that neither a back-port nor a pre-release displaces a release; a ``made current`` event decides by
+    itself; deleting the current version leaves the greatest live release.
     """
     ordered = _in_order(list(events))
     live: dict[str, Event] = {}
@@ -108,7 +108,7 @@ def fold(name: str, events: Iterable[Event]) -> History:
         if event.kind == "registered" and event.version:
             live.setdefault(event.version, event)
             version = Version(event.version)
-            if current is None or (not version.semver.prerelease and version > Version(current)):
+            if current is None or (not version.semver.prerelease and _displaces(version, Version(current))):
                 current = event.version
         elif event.kind == "deleted" and event.version:
             live.pop(event.version, None)
@@ -119,6 +119,11 @@ def fold(name: str, events: Iterable[Event]) -> History:
             current = at[0] if at else current
     by_version = dict(sorted(live.items(), key=lambda item: Version(item[0])))
     return History(name, tuple(ordered), by_version, current)
+
+
+def _displaces(release: Version, current: Version) -> bool:
+    """Say whether a new release becomes current: it is greater, or what is current was never released."""
+    return bool(current.semver.prerelease) or release > current
 
 
 def greatest(versions: Iterable[str]) -> str | None:

@@ -112,10 +112,13 @@ def _register(
 
 
 def _fetch(manager: ModelVersionManager, entry: ModelEntry, wanted: Reference, progress: Progress | None) -> _Fetched:
-    from proteus_pipeline.models.sources import fetch
+    from proteus_pipeline.models.sources import FileSource, fetch
 
+    source = entry.versions[wanted.selector]
+    if isinstance(source, FileSource):
+        source = FileSource(manager.root / source.path)  # relative to the project, wherever the user stands
     folder = manager.root / ".proteus" / "downloads" / wanted.name / wanted.selector
-    return _Fetched(wanted.name, fetch(entry.versions[wanted.selector], folder, progress))
+    return _Fetched(wanted.name, fetch(source, folder, progress))
 
 
 def _restore(

@@ -37,7 +37,9 @@ class Clone:
         root = folder / "another name"
         subprocess.run(["git", "clone", "--quiet", "--no-tags", str(ROOT), str(root)], check=True, capture_output=True)
         changed = subprocess.run(
-            ["git", "-C", str(ROOT), "ls-files", "-m", "-o", "--exclude-standard", "-z"], check=True, capture_output=True
+            ["git", "-C", str(ROOT), "ls-files", "-m", "-o", "--exclude-standard", "-z"],
+            check=True,
+            capture_output=True,
         )
         for name in filter(None, changed.stdout.decode().split("\0")):
             (root / name).parent.mkdir(parents=True, exist_ok=True)

@@ -100,7 +100,9 @@ def test_an_edited_fasta_is_noticed_by_plain_dvc(clone: Clone, proteins: dict[st
 
 
 def test_equal_sequences_are_computed_once(clone: Clone) -> None:
-    twins = write_fasta(clone, "twins.fasta", {"a": "MKVLAAGIVLLLAAYYYY", "b": "MKVLAAGIVLLLAAYYYY", "c": "mkvlaagivlllaayyyy"})
+    twins = write_fasta(
+        clone, "twins.fasta", {"a": "MKVLAAGIVLLLAAYYYY", "b": "MKVLAAGIVLLLAAYYYY", "c": "mkvlaagivlllaayyyy"}
+    )
     clone.run("proteus", "run", f"data.fasta={twins}")
     assert clone.counts() == (0, 1)
     assert clone.log["embed"]["sequences"] == 3

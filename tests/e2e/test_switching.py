@@ -88,7 +88,9 @@ def test_a_changed_number_changes_the_manifest_and_dvc_lock(clone: Clone) -> Non
 
 
 def test_damaged_weights_are_not_used(clone: Clone) -> None:
-    objects = sorted((clone.root / ".dvc/cache/files/md5").rglob("*"), key=lambda p: p.stat().st_size if p.is_file() else 0)
+    objects = sorted(
+        (clone.root / ".dvc/cache/files/md5").rglob("*"), key=lambda p: p.stat().st_size if p.is_file() else 0
+    )
     victim = objects[-1]
     data = bytearray(victim.read_bytes())
     data[len(data) // 2] ^= 1
