@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 from clone import Clone
 
 pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("reproduction")]
@@ -18,7 +19,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory, weights: Path) -> Clone:
     """A clone in which the pipeline ran once, and its results were committed."""
     made = Clone.make(tmp_path_factory.mktemp("e2e"), weights)
     made.first = made.run("proteus", "run")  # type: ignore[attr-defined]
-    made.commit("results")
+    made.commit("results", empty=True)
     return made
 
 
@@ -51,6 +52,21 @@ def test_the_first_run_leaves_a_clean_tree_and_a_tag_at_head(clone: Clone) -> No
     assert "proteus@localhost" in clone.git("for-each-ref", "--format=%(taggeremail)", f"refs/tags/{tag}")
     record = json.loads(clone.run("proteus", "model", "show", tag, "--json"))
     assert record["author"]["fallback"] is True
+
+
+def test_the_committed_lock_is_of_this_code(clone: Clone) -> None:
+    """Fails after a change of code: run the pipeline (make repro) and commit dvc.lock."""
+
+    def inputs(text: str) -> dict[str, dict[str, str]]:
+        stages = yaml.safe_load(text)["stages"]
+        kept = ("proteus_pipeline/", "conf", "data/")
+        return {
+            n: {d["path"]: d["md5"] for d in s.get("deps", []) if d["path"].startswith(kept)} for n, s in stages.items()
+        }
+
+    committed = inputs(clone.git("show", "HEAD~1:dvc.lock"))
+    assert set(committed) == {"compose", "prepare", "embed", "probe", "compare", "report"}
+    assert committed == inputs((clone.root / "dvc.lock").read_text())
 
 
 def test_a_second_run_runs_nothing(clone: Clone) -> None:
