@@ -42,7 +42,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return its exit code."""
     logging.basicConfig(format="warning: %(message)s", level=logging.WARNING)
     top = parser()
-    args = top.parse_args(argv)
+    args, rest = top.parse_known_args(argv)
+    # argparse takes positionals in one run only: overrides after an option (-o OUT KEY=VALUE) are left over.
+    if rest and (not hasattr(args, "overrides") or any(word.startswith("-") for word in rest)):
+        top.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides += rest
     if args.print_version:
         from importlib.metadata import version
 

@@ -21,18 +21,18 @@ class EmbeddingProgress:
         self._label = label
         self._bar: Bar | None = None
         self._task: TaskID | None = None
-        self._total = self._hits = self._done = self._tokens = 0
+        self._todo = self._done = self._all_tokens = self._tokens = 0
         self._began = self._said = time.perf_counter()
 
-    def start(self, total: int, hits: int) -> None:
-        self._total, self._hits = total, hits
+    def start(self, total: int, hits: int, tokens: int) -> None:
+        self._todo, self._all_tokens = total - hits, tokens
         self._began = self._said = time.perf_counter()
-        if total == hits:
+        if not self._todo:
             return
         if sys.stderr.isatty():
-            self._start_bar()
+            self._start_bar(hits)
         else:
-            self._say(f"{self._label}: {total} distinct sequences, {hits} known, {total - hits} to compute")
+            self._say(f"{self._label}: {total} distinct sequences, {hits} known, {self._todo} to compute")
 
     def advance(self, sequences: int, tokens: int) -> None:
         self._done += sequences
@@ -40,23 +40,24 @@ class EmbeddingProgress:
         now = time.perf_counter()
         rate = self._tokens / max(now - self._began, 1e-9)
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, advance=sequences, rate=f"{rate:,.0f} tokens/s")
+            told = f"{self._done}/{self._todo} sequences, {rate:,.0f} tokens/s"
+            self._bar.update(self._task, advance=tokens, told=told)
         elif now - self._said >= _LINE_EVERY_S:
             self._said = now
-            todo = self._total - self._hits
-            left = (now - self._began) / self._done * (todo - self._done)
-            self._say(f"{self._label}: {self._done} of {todo} computed, {rate:,.0f} tokens/s, {left:.0f} s left")
+            # By tokens: the longest sequences come first, so a count of sequences would promise too long a wait.
+            left = (self._all_tokens - self._tokens) / rate
+            self._say(f"{self._label}: {self._done} of {self._todo} computed, {rate:,.0f} tokens/s, {left:.0f} s left")
 
-    def _start_bar(self) -> None:
+    def _start_bar(self, hits: int) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
         self._bar = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
-            TimeRemainingColumn(), console=Console(stderr=True),
+            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[told]}"), TimeRemainingColumn(),
+            console=Console(stderr=True),
         )  # fmt: skip
         self._bar.start()
-        self._task = self._bar.add_task(f"{self._label} ({self._hits} known)", total=self._total - self._hits, rate="")
+        self._task = self._bar.add_task(f"{self._label} ({hits} known)", total=self._all_tokens, told="")
 
     @staticmethod
     def _say(line: str) -> None:

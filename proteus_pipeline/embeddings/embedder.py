@@ -29,8 +29,8 @@ PUBLISH_SECONDS = 60.0
 class Progress(Protocol):
     """Told how far the work is."""
 
-    def start(self, total: int, hits: int) -> None:
-        """Work begins: distinct sequences in all, and how many of them the cache had."""
+    def start(self, total: int, hits: int, tokens: int) -> None:
+        """Work begins: distinct sequences in all, how many of them the cache had, and the tokens to compute."""
 
     def advance(self, sequences: int, tokens: int) -> None:
         """Some more sequences were computed, of so many tokens."""
@@ -143,7 +143,7 @@ def embed(
     hits = len(done)
     missing = {key: s for key, s in by_key.items() if key not in done}
     if progress:
-        progress.start(len(by_key), hits)
+        progress.start(len(by_key), hits, sum(_tokens(_spans(s, recipe)) for s in missing.values()))
     computing = time.perf_counter()
     tokens = 0
     if missing:
@@ -202,7 +202,7 @@ class _Job:
         """Yield key, fp32 array, residues and tokens of each sequence as soon as its last window is done."""
         recipe = self.recipe
         parts, owners = [], []
-        spans = {key: windows(len(s), recipe.window, recipe.overlap) for key, s in missing.items()}
+        spans = {key: _spans(s, recipe) for key, s in missing.items()}
         for key, sequence in missing.items():
             for number, (start, end) in enumerate(spans[key]):
                 parts.append(sequence[start:end])
@@ -218,8 +218,7 @@ class _Job:
             waiting.setdefault(key, {})[number] = hidden[recipe.layer].copy()
             if len(waiting[key]) == len(spans[key]):
                 windowed = waiting.pop(key)
-                tokens = sum(end - start + 2 for start, end in spans[key])
-                yield key, _merge(windowed, spans[key], recipe.pooling), length, tokens
+                yield key, _merge(windowed, spans[key], recipe.pooling), length, _tokens(spans[key])
 
     def _publish(self, pending: _Pending) -> None:
         device_class, torch_version = self.attested
@@ -233,6 +232,15 @@ class _Job:
         self.cache.publish(
             pending.keys, pending.arrays, pending.lengths, trunk=self.trunk, recipe=self.recipe, attestation=attestation
         )
+
+
+def _spans(sequence: str, recipe: Recipe) -> list[tuple[int, int]]:
+    return windows(len(sequence), recipe.window, recipe.overlap)
+
+
+def _tokens(spans: list[tuple[int, int]]) -> int:
+    """Return the tokens of a sequence's windows: each has a start and an end token."""
+    return sum(end - start + 2 for start, end in spans)
 
 
 def _merge(hidden: dict[int, NDArray[np.float32]], spans: list[tuple[int, int]], pooling: str) -> NDArray[np.float32]:
