@@ -38,7 +38,7 @@ test: setup lint ## lint, then all tests, in parallel
 bench: setup ## each benchmark's ratio
 	for program in benchmarks/[a-z]*.py; do $(BIN)/python "$$program" || exit 1; done
 
-torture: setup ## the fault runs at full count: hours of kill -9
+torture: setup ## the fault runs at full count: kill -9, flipped bits
 	PROTEUS_TORTURE=1 $(BIN)/python -m pytest -n $${PYTEST_WORKERS:-2} --dist loadgroup -m torture
 
 docs: setup ## the commands and code in README, and the examples in docstrings, run as they stand

@@ -22,7 +22,15 @@ def isolated(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monke
     """An empty HOME and no settings of the machine: git knows nobody, as on a new computer."""
     monkeypatch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
     monkeypatch.setenv("GIT_CONFIG_NOSYSTEM", "1")
-    for name in ("DVC_ROOT", "DVC_STAGE", "PROTEUS_HOME", "XDG_CONFIG_HOME", "GIT_DIR", "GIT_INDEX_FILE"):
+    gone = (
+        "DVC_ROOT",
+        "DVC_STAGE",
+        "DVC_GLOBAL_CONFIG_DIR",
+        "DVC_SYSTEM_CONFIG_DIR",
+        "PROTEUS_HOME",
+        "XDG_CONFIG_HOME",
+    )
+    for name in (*gone, "XDG_CONFIG_DIRS", "GIT_DIR", "GIT_INDEX_FILE"):
         monkeypatch.delenv(name, raising=False)
     for name in [n for n in os.environ if n.startswith(("GIT_AUTHOR_", "GIT_COMMITTER_"))]:
         monkeypatch.delenv(name)

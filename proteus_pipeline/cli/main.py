@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -56,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not hasattr(args, "run"):
         top.print_help()
         return 2
+    # A cluster's or a container's stop is an interruption too: what is finished is published before the end.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         code: int = args.run(args)
         sys.stdout.flush()

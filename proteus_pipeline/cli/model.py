@@ -51,7 +51,7 @@ def _verb(these: Any, name: str, run: Any, text: str, *, home: bool = True) -> a
 
 def _manager(args: argparse.Namespace, *, create: bool = False) -> ModelVersionManager:
     if args.home and not create and not Path(args.home).expanduser().exists():
-        # Only a registration makes a home: a listing of a mistyped one would be empty, and leave a repository behind.
+        # A listing of a mistyped home would be empty.
         raise StorageError(f"{args.home} does not exist", "name the folder of a registry, or register a model there")
     from proteus_pipeline.registry.home import registry_home
     from proteus_pipeline.registry.versions import ModelVersionManager
@@ -95,7 +95,9 @@ def _list(args: argparse.Namespace) -> int:
     if not versions:
         print("  none; make repro, or proteus model register NAME --version 1.0.0 --weights PATH")
     for v in versions:
-        size = f"{v.record.size / 1e6:9.1f} MB  trunk {v.record.trunk_digest[:12]}" if v.record else "no record (gto)"
+        size = "damaged record" if v.damage else "no record (gto)"
+        if v.record:
+            size = f"{v.record.size / 1e6:9.1f} MB  trunk {v.record.trunk_digest[:12]}"
         print(f"  {v.reference:<40} {size}{'  current' if v.current else ''}")
     return 0
 
@@ -145,6 +147,8 @@ def _lock(args: argparse.Namespace) -> int:
 def _facts(version: ModelVersion) -> dict[str, Any]:
     facts: dict[str, Any] = {"reference": version.reference, "current": version.current}
     facts |= {"tag": version.tag, "commit": version.commit}
+    if version.damage:
+        facts["damage"] = version.damage.what
     return facts | (asdict(version.record) if version.record else {"name": version.name, "version": version.version})
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import difflib
 import functools
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +26,10 @@ if TYPE_CHECKING:
 CONF = "conf"
 PARAMS = "params.yaml"
 COMMAND_LINE = "the command line"
-# conf/model/ is the catalogue of weights, not a choice of settings: `model=` names a version.
-_NOT_A_GROUP = {"model"}
+# The groups of settings: conf/ has a folder for each. (conf/model/ is the catalogue of weights: `model=` is a version.)
+SECTIONS = ("data", "embedding", "probe", "cache", "runtime")
+# Where params.yaml keeps which file of a group is chosen, apart from the group's own keys.
+_CHOICE = "groups."
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ def compose(
 
     `params` are called `params_name` in errors, and `changes` the command line.
 
-    A string where conf/ has a folder of that name chooses a file of it: ``data: mine`` takes conf/data/mine.yaml.
+    ``groups: {data: mine}``, or ``data: mine`` itself, takes conf/data/mine.yaml for the group.
 
     Raises
     ------
@@ -76,7 +79,13 @@ def compose(
         )
     given = {key: value for key, value in _leaves(overlay(params, changes or {})) if value is not None}
     typed = {key for key, _ in _leaves(changes or {})}
-    chosen = {k: v for k, v in given.items() if isinstance(v, str) and k not in _NOT_A_GROUP and (conf / k).is_dir()}
+    chosen = {k: v for k, v in given.items() if isinstance(v, str) and k in SECTIONS}
+    chosen |= {k.removeprefix(_CHOICE): given.pop(k) for k in list(given) if k.startswith(_CHOICE)}
+    for group, option in chosen.items():
+        if group not in SECTIONS or not isinstance(option, str):
+            raise ConfigError(
+                f"{params_name}: {_CHOICE}{group}={option} chooses nothing", f"groups: {', '.join(SECTIONS)}"
+            )
     composed = _hydra_compose(conf, chosen)
     origins = _origins(conf, composed, chosen)
     schema = OmegaConf.structured(Settings)
@@ -200,6 +209,12 @@ def _read_yaml(path: Path, name: str | None = None) -> dict[str, Any]:
         raise ConfigError(f"{name or path} can't be read ({error.strerror})", "check its permissions") from error
     if not isinstance(value, dict | None):
         raise ConfigError(f"{name or path.name} holds no mapping", "write it as key: value")
+    try:
+        json.dumps(value, default=str)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(
+            f"{name or path.name} holds a value that contains itself", "write it without aliases"
+        ) from error
     return value or {}
 
 

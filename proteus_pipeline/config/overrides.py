@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from proteus_pipeline.config.composition import compose, read_params
+from proteus_pipeline.config.composition import SECTIONS, compose, read_params
 from proteus_pipeline.errors import ConfigError
+
+if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
 
 
 def parse(overrides: Sequence[str]) -> dict[str, Any]:
@@ -43,7 +46,7 @@ def parse(overrides: Sequence[str]) -> dict[str, Any]:
             raise ConfigError(f"{text!r} adds or deletes a key", "the settings are fixed: KEY=VALUE")
         if not override.key_or_group:
             raise ConfigError(f"{text!r} is no Hydra override", "write KEY=VALUE")
-        *parents, leaf = override.key_or_group.split(".")
+        *parents, leaf = _key(override).split(".")
         place = nested
         for parent in parents:
             place = place.setdefault(parent, {})
@@ -53,6 +56,21 @@ def parse(overrides: Sequence[str]) -> dict[str, Any]:
             raise ConfigError(f"{text!r} replaces keys set before it", "leave one of the two out")
         place[leaf] = override.value()
     return nested
+
+
+def _key(override: Override) -> str:
+    """Return where an override's value belongs: a choice of a group's file is kept apart from the group's keys."""
+    key = str(override.key_or_group)
+    return f"groups.{key}" if key in SECTIONS and isinstance(override.value(), str) else key
+
+
+def _as_written(text: str) -> str:
+    """Return an override as params.yaml takes it."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    override = OverridesParser.create().parse_override(text)
+    key = str(override.key_or_group)
+    return _key(override) + text.strip()[len(key) :]
 
 
 def write_params(root: Path, overrides: Sequence[str]) -> None:
@@ -66,6 +84,7 @@ def write_params(root: Path, overrides: Sequence[str]) -> None:
     """
     path = root / "params.yaml"
     changes = parse(overrides)
+    written = [_as_written(text) for text in overrides]
     compose(root, read_params(path), changes=changes)
     if not overrides:
         return
@@ -78,7 +97,7 @@ def write_params(root: Path, overrides: Sequence[str]) -> None:
     from hydra.errors import HydraException
 
     try:
-        apply_overrides(str(path), list(overrides))
+        apply_overrides(str(path), written)
     except (DvcException, HydraException) as error:
         # DVC's own sentence is "Invalid --set-param value"; Hydra's names the key.
         line = (str(error.__cause__ or error).strip().splitlines() or [type(error).__name__])[0]

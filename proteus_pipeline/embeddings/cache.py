@@ -19,7 +19,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +29,7 @@ from proteus_pipeline.embeddings import index as index_file
 from proteus_pipeline.embeddings import segment as segment_file
 from proteus_pipeline.embeddings.index import Attestation, Index, SegmentHeader
 from proteus_pipeline.embeddings.recipe import Recipe
+from proteus_pipeline.embeddings.segment import Placed
 from proteus_pipeline.embeddings.stored import NUMPY_DTYPES, content_hash, to_fp32
 from proteus_pipeline.errors import ConfigError, IntegrityError, StorageError
 from proteus_pipeline.stores.files import atomic_path, storage_error, write_atomic
@@ -221,26 +222,17 @@ class EmbeddingCache:
         _check_entries(keys, arrays, lengths, recipe)
         name = f"{time.time_ns():020d}-{secrets.token_hex(6)}"
         described = recipe.identity(0) | {"windows": [recipe.window, recipe.overlap]}
-        attributes = {
-            "proteus": {"format": segment_file.FORMAT, "trunk": trunk, "recipe": described, "stored": recipe.stored}
-        }
+        attributes = {"format": segment_file.FORMAT, "trunk": trunk, "recipe": described, "stored": recipe.stored}
+        attributes["attestation"] = asdict(attestation)
         target = self.path / "seg" / f"{name}.zip"
         with atomic_path(target) as temporary:
             try:
-                placed = segment_file.write_segment(temporary, keys, arrays, recipe.stored, attributes)
+                placed = segment_file.write_segment(temporary, keys, arrays, recipe.stored, {"proteus": attributes})
                 nbytes = temporary.stat().st_size
             except OSError as error:
                 raise storage_error("write", target, error) from error
-        records = np.zeros(len(keys), dtype=index_file.RECORD)
-        pairs = index_file.key_array(list(keys))
-        records["key_high"], records["key_low"] = pairs["high"], pairs["low"]
-        for column in ("offset", "nbytes", "row"):
-            records[column] = [getattr(p, column) for p in placed]
-        records["length"] = lengths
-        hashes = b"".join(bytes.fromhex(content_hash(a, recipe.stored)) for a in arrays)
-        records["content"] = np.frombuffer(hashes, dtype="V16")
-        layout = "pooled" if arrays[0].ndim == 1 else "per_residue"
-        width = arrays[0].shape[-1]
+        records = _records(keys, arrays, lengths, placed, recipe.stored)
+        layout, width = "pooled" if arrays[0].ndim == 1 else "per_residue", arrays[0].shape[-1]
         header = SegmentHeader(
             target.name, nbytes, layout, recipe.stored, width, trunk, described, attestation, len(keys)
         )
@@ -310,6 +302,25 @@ def _check_entries(
         if array.dtype != NUMPY_DTYPES[recipe.stored] or array.shape != ((length, *width) if rows else width):
             shown = f"{array.dtype} {array.shape}"
             raise ValueError(f"{shown} is no {recipe.pooling} array of {length} residues in {recipe.stored} ({key})")
+
+
+def _records(
+    keys: Sequence[str],
+    arrays: Sequence[NDArray[np.generic]],
+    lengths: Sequence[int],
+    placed: Sequence[Placed],
+    stored: str,
+) -> NDArray[np.void]:
+    """Return what the index says of each entry, in the order given."""
+    records = np.zeros(len(keys), dtype=index_file.RECORD)
+    pairs = index_file.key_array(list(keys))
+    records["key_high"], records["key_low"] = pairs["high"], pairs["low"]
+    for column in ("offset", "nbytes", "row"):
+        records[column] = [getattr(p, column) for p in placed]
+    records["length"] = lengths
+    hashes = b"".join(bytes.fromhex(content_hash(a, stored)) for a in arrays)
+    records["content"] = np.frombuffer(hashes, dtype="V16")
+    return records
 
 
 def _entry(key: str, index: Index, row: int) -> Entry:

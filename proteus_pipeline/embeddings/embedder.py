@@ -6,7 +6,7 @@ import datetime as dt
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
@@ -59,7 +59,7 @@ class Outcome:
     tokens
         Tokens computed.
     seconds
-        Wall time in all; `compute_seconds` of it in loading the model and encoding.
+        Wall time in all.
     saved_seconds
         What the hits took when they were computed.
 
@@ -73,23 +73,28 @@ class Outcome:
     computed: int
     tokens: int
     seconds: float
-    compute_seconds: float
     saved_seconds: float
+
+
+class _Computed(NamedTuple):
+    """One embedding in its stored dtype, with the residues and the tokens of its sequence."""
+
+    key: str
+    array: NDArray[np.generic]
+    length: int
+    tokens: int
 
 
 @dataclass
 class _Pending:
-    """Computed, and not yet published."""
+    """Computed, and not yet published: one list, so that Ctrl-C never finds an entry half noted."""
 
-    keys: list[str] = field(default_factory=list)
-    arrays: list[NDArray[np.generic]] = field(default_factory=list)
-    lengths: list[int] = field(default_factory=list)
-    tokens: int = 0
+    entries: list[_Computed] = field(default_factory=list)
     since: float = field(default_factory=time.perf_counter)
 
     @property
     def due(self) -> bool:
-        size = sum(a.nbytes for a in self.arrays[-1:]) * len(self.arrays)
+        size = sum(e.array.nbytes for e in self.entries[-1:]) * len(self.entries)
         return size >= PUBLISH_BYTES or time.perf_counter() - self.since >= PUBLISH_SECONDS
 
 
@@ -113,10 +118,8 @@ def embed(
     ----------
     sequences
         Normalised; equal ones are computed once.
-    trunk
-        The trunk digest of the weights that `encoder` holds.
-    recipe
-        What to compute, and how to store it.
+    trunk, recipe
+        The trunk digest of the weights that `encoder` holds; what to compute, and how to store it.
     encoder
         Makes the encoder; called only when something must be computed.
     attest
@@ -135,33 +138,25 @@ def embed(
     started = time.perf_counter()
     keys = [recipe.key(trunk, s) for s in sequences]
     by_key = dict(zip(keys, sequences, strict=True))
-    done: dict[str, Embedded] = {}
-    saved = 0.0
-    for entry, _ in cache.find(by_key):
-        done[entry.key] = Embedded(entry.key, entry.shape, entry.stored, entry.content)
-        saved += entry.seconds
-    hits = len(done)
+    found = [entry for entry, _ in cache.find(by_key)]
+    done = {e.key: Embedded(e.key, e.shape, e.stored, e.content) for e in found}
     missing = {key: s for key, s in by_key.items() if key not in done}
     if progress:
-        progress.start(len(by_key), hits, sum(_tokens(_spans(s, recipe)) for s in missing.values()))
-    computing = time.perf_counter()
+        progress.start(len(by_key), len(found), sum(_tokens(_spans(s, recipe)) for s in missing.values()))
     tokens = 0
     if missing:
-        job = _Job(trunk, recipe, cache, encoder(), attest(), token_budget, progress)
-        tokens = job.run(missing, done)
-    now = time.perf_counter()
-    cache.record_use(hits, 0, len(missing))
+        tokens = _Job(trunk, recipe, cache, encoder(), attest(), token_budget, progress).run(missing, done)
+    cache.record_use(len(found), 0, len(missing))
     return Outcome(
         tuple(done[key] for key in keys),
         sequences=len(sequences),
         unique=len(by_key),
-        hits=hits,
+        hits=len(found),
         derived=0,
         computed=len(missing),
         tokens=tokens,
-        seconds=now - started,
-        compute_seconds=now - computing,
-        saved_seconds=saved,
+        seconds=time.perf_counter() - started,
+        saved_seconds=sum(e.seconds for e in found),
     )
 
 
@@ -181,20 +176,20 @@ class _Job:
         try:
             for key, array, length, tokens in self._compute(missing):
                 stored = to_stored(array, self.recipe.stored)
-                pending.keys.append(key)
-                pending.arrays.append(stored)
-                pending.lengths.append(length)
-                pending.tokens += tokens
-                total += tokens
                 done[key] = Embedded(key, stored.shape, self.recipe.stored, content_hash(stored, self.recipe.stored))
+                pending.entries.append(_Computed(key, stored, length, tokens))
+                total += tokens
                 if self.progress:
                     self.progress.advance(1, tokens)
                 if pending.due:
-                    publishing, pending = pending, _Pending()
-                    self._publish(publishing)
+                    self._publish(pending)
+                    pending = _Pending()
+            if pending.entries:
+                self._publish(pending)
+                pending = _Pending()
         finally:
-            # Also on Ctrl-C or an error: what is finished is kept.
-            if pending.keys:
+            # Ctrl-C or an error, in publishing too: what is finished is kept. An entry published twice does no harm.
+            if pending.entries:
                 self._publish(pending)
         return total
 
@@ -227,10 +222,15 @@ class _Job:
             torch_version,
             dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
             round(time.perf_counter() - pending.since, 6),
-            pending.tokens,
+            sum(e.tokens for e in pending.entries),
         )
         self.cache.publish(
-            pending.keys, pending.arrays, pending.lengths, trunk=self.trunk, recipe=self.recipe, attestation=attestation
+            [e.key for e in pending.entries],
+            [e.array for e in pending.entries],
+            [e.length for e in pending.entries],
+            trunk=self.trunk,
+            recipe=self.recipe,
+            attestation=attestation,
         )
 
 

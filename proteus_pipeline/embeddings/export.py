@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import shutil
 import zipfile
 from collections.abc import Sequence
@@ -12,13 +13,15 @@ from proteus_pipeline.embeddings.cache import EmbeddingCache
 from proteus_pipeline.embeddings.embedder import Embedded
 from proteus_pipeline.embeddings.stored import to_fp32
 from proteus_pipeline.errors import ConfigError, StorageError
-from proteus_pipeline.stores.files import atomic_path, storage_error
+from proteus_pipeline.sequences.fasta import shown
+from proteus_pipeline.stores.files import TEMPORARY_PREFIX, atomic_path, storage_error
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
 KINDS = (".npz", ".zarr")
+_NPZ_NAME_BYTES = 65_535  # zip has 16 bits for the length of a name
 
 
 def check_target(path: Path) -> None:
@@ -47,9 +50,11 @@ def export(path: Path, cache: EmbeddingCache, ids: Sequence[str], entries: Seque
     Raises
     ------
     StorageError
-        When an embedding is gone from the cache, or the file can't be written.
+        When an embedding is gone from the cache, an id is too long for a ``.npz``, or the file can't be written.
 
     """
+    if path.suffix == ".npz":
+        _check_names(ids)
     by_key = {entry.key: to_fp32(array, entry.stored) for entry, array in cache.find(e.key for e in entries)}
     if missing := [i for i, e in zip(ids, entries, strict=True) if e.key not in by_key]:
         raise StorageError(f"the embedding of {missing[0]} is gone from {cache.path}", "run the command again")
@@ -58,6 +63,16 @@ def export(path: Path, cache: EmbeddingCache, ids: Sequence[str], entries: Seque
         _write_npz(path, arrays)
     else:
         _write_zarr(path, arrays)
+
+
+def _check_names(ids: Sequence[str]) -> None:
+    longest = _NPZ_NAME_BYTES - len(".npy")
+    for i in ids:
+        if len(i) * 4 > longest and (found := len(i.encode())) > longest:
+            raise StorageError(
+                f"the id {shown(i)} has {found:,} bytes, and a .npz holds at most {longest:,}",
+                "write to a .zarr instead",
+            )
 
 
 def _write_npz(path: Path, arrays: dict[str, NDArray[np.float32]]) -> None:
@@ -78,9 +93,9 @@ def _write_zarr(path: Path, arrays: dict[str, NDArray[np.float32]]) -> None:
     import numpy as np
     import zarr
 
-    temporary, former = path.with_name(f".tmp-{path.name}"), path.with_name(f".tmp-old-{path.name}")
-    for folder in (temporary, former):
-        shutil.rmtree(folder, ignore_errors=True)
+    # Names of this export's own: another one to the same path, at the same time, is not in its way.
+    token = secrets.token_hex(8)
+    temporary, former = (path.with_name(f"{TEMPORARY_PREFIX}{token}{kind}{path.suffix}") for kind in ("", "-old"))
     try:
         group = zarr.open_group(temporary, mode="w-")
         group.attrs["ids"] = list(arrays)

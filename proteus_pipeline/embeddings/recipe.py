@@ -79,23 +79,6 @@ class Recipe:
         return digests.of_record("embedding", parts)
 
 
-def resolve_layer(layer: int, layers: int) -> int:
-    """Return a layer counted from 0, for one that may count from the end: -1 is the last of `layers`.
-
-    Raises
-    ------
-    ConfigError
-        When the model has no such layer.
-
-    """
-    resolved = layer if layer >= 0 else layers + 1 + layer
-    if not 0 <= resolved <= layers:
-        raise ConfigError(
-            f"embedding.layer is {layer}, and the model has {layers} layers", f"use {-layers - 1} to {layers}"
-        )
-    return resolved
-
-
 def windows(length: int, window: int, overlap: int) -> list[tuple[int, int]]:
     """Return the (start, end) of each window over a sequence; the last one ends with it.
 

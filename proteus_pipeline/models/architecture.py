@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from proteus_pipeline.errors import ConfigError
+
 # fair-esm 2.0.0, esm.data.Alphabet.from_architecture("ESM-1b"): the alphabet of every ESM-2 checkpoint.
 ESM2_TOKENS = (
     "<cls>", "<pad>", "<eos>", "<unk>",
@@ -60,3 +62,20 @@ class Architecture:
             "layer_norm_eps": self.layer_norm_eps,
             "tokens": list(self.tokens),
         }
+
+
+def resolve_layer(layer: int, layers: int) -> int:
+    """Return a layer counted from 0, for one that may count from the end: -1 is the last of `layers`.
+
+    Raises
+    ------
+    ConfigError
+        When the model has no such layer.
+
+    """
+    resolved = layer if layer >= 0 else layers + 1 + layer
+    if not 0 <= resolved <= layers:
+        raise ConfigError(
+            f"embedding.layer is {layer}, and the model has {layers} layers", f"use {-layers - 1} to {layers}"
+        )
+    return resolved

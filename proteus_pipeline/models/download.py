@@ -48,7 +48,6 @@ def download(
     target: Path,
     *,
     sha256: str | None = None,
-    size: int | None = None,
     progress: Progress | None = None,
     timeout_s: float = 30.0,
     attempts: int = 3,
@@ -61,8 +60,8 @@ def download(
         http or https. A user, a password or a query in it goes to the server, and into no message or file.
     target
         Where it goes. When it is there and has the digest asked for, nothing is requested; else it is replaced.
-    sha256, size
-        What the whole file must be, where that is known; `size` in bytes.
+    sha256
+        The whole file's, where it is known.
     progress
         Called after each chunk.
     timeout_s
@@ -75,7 +74,7 @@ def download(
     ConfigError
         When `url` is no http or https URL.
     IntegrityError
-        When the bytes are not what `sha256` or `size` says; they are removed, and `target` stays as it was.
+        When the bytes are not what `sha256`, or the server's own length, says; they are removed, and `target` stays as it was.
     StorageError
         When the server can't be reached or refuses, the transfer keeps breaking off, or the disk can't take it.
 
@@ -86,15 +85,7 @@ def download(
     part = target.with_name(target.name + ".part")
     with _locked(part) as file:
         partial = _Partial.load(part, file, public)
-        transfer = _Transfer(url, public, partial, size, progress, timeout_s, checked=sha256 is not None)
-        for attempt in range(1, attempts + 1):
-            try:
-                transfer.attempt()
-                break
-            except _InterruptedError as error:
-                if attempt >= attempts:
-                    raise StorageError(error.what, error.remedy) from error
-            time.sleep(_BACKOFF_S * 2**attempt)
+        _Transfer(url, public, partial, progress, timeout_s, checked=sha256 is not None).run(attempts)
         digest = partial.hasher.hexdigest()
         if sha256 is not None and digest != sha256.lower():
             partial.reset()
@@ -237,11 +228,21 @@ class _Transfer:
     url: str
     public: str
     partial: _Partial
-    size: int | None
     progress: Progress | None
     timeout_s: float
     checked: bool
     connected: bool = False
+
+    def run(self, attempts: int) -> None:
+        """Make requests until all is here; between two of them, wait twice as long each time."""
+        for number in range(1, attempts + 1):
+            try:
+                self.attempt()
+                break
+            except _InterruptedError as error:
+                if number >= attempts:
+                    raise StorageError(error.what, error.remedy) from error
+            time.sleep(_BACKOFF_S * 2**number)
 
     def attempt(self) -> None:
         """Make one request for what is missing, and append what it brings.
@@ -253,9 +254,9 @@ class _Transfer:
 
         """
         partial = self.partial
-        if partial.complete and self.size in {None, partial.total}:
+        if partial.complete:
             return
-        if partial.validator is None or partial.complete:
+        if partial.validator is None:
             partial.reset()
         # Bytes and lengths must be the file's own, not those of a compressed transfer.
         headers = {"Accept-Encoding": "identity"}
@@ -266,8 +267,7 @@ class _Transfer:
             if response.status_code == 206:
                 self._continue(response)
             else:
-                total = _length(response.headers)
-                partial.begin(self.size if total is None else total, _validator(response.headers))
+                partial.begin(_length(response.headers), _validator(response.headers))
             self._check_length(response)
             for chunk in self._chunks(response):
                 partial.append(chunk)
@@ -275,7 +275,10 @@ class _Transfer:
                     self.progress(partial.have, partial.total)
         if partial.total is not None and partial.have < partial.total:
             raise self._cut()
-        self._check_size(partial.have)
+        if partial.total is not None and partial.have > partial.total:
+            found, expected = partial.have, partial.total
+            partial.reset()
+            raise IntegrityError(f"{self.public} has {found:,} bytes, expected {expected:,}", "check the address")
 
     def _get(self, headers: Mapping[str, str]) -> requests.Response:
         import requests
@@ -328,19 +331,9 @@ class _Transfer:
             partial.total = int(total)
 
     def _check_length(self, response: requests.Response) -> None:
-        total = self.partial.total
-        if total is not None:
-            self._check_size(total)
-        elif not self.checked and response.headers.get("Transfer-Encoding", "").lower() != "chunked":
+        chunked = response.headers.get("Transfer-Encoding", "").lower() == "chunked"
+        if self.partial.total is None and not self.checked and not chunked:
             raise StorageError(f"{self.public} does not say how long it is, so a cut can't be seen", OFFLINE_REMEDY)
-
-    def _check_size(self, found: int) -> None:
-        expected = self.partial.total if self.size is None else self.size
-        if expected is not None and found != expected:
-            self.partial.reset()
-            raise IntegrityError(
-                f"{self.public} has {found:,} bytes, expected {expected:,}", "check the address and the size"
-            )
 
     def _chunks(self, response: requests.Response) -> Iterator[bytes]:
         import requests

@@ -257,18 +257,34 @@ def _fetch_fair_esm(source: FairEsmSource, folder: Path, progress: Progress | No
 
 def _fetch_url(url: str, target: Path, sha256: str | None, progress: Progress | None) -> str:
     """Download a file unless it is here as it should be: by its known digest, or by the one recorded as it arrived."""
+    if sha256 is not None:
+        return download(url, target, sha256=sha256, progress=progress)
     record = target.with_name(target.name + ".sha256")
-    if sha256 is None and target.is_file() and record.is_file():
-        try:
-            recorded = record.read_text().partition(" ")[0]
-        except (OSError, UnicodeDecodeError):
-            recorded = ""
-        if recorded == sha256_file(target):
-            return recorded
-    digest = download(url, target, sha256=sha256, progress=progress)
-    if sha256 is None:
+    recorded = _recorded(record)
+    try:
+        digest = download(url, target, sha256=recorded, progress=progress)
+    except IntegrityError as error:
+        if recorded is None or recorded not in error.what:
+            raise
+        raise IntegrityError(
+            f"{error.what}, as recorded when it first came", f"remove {record} only if the change is expected"
+        ) from error
+    if recorded is None:
         write_atomic(record, f"{digest}  {target.name}\n".encode())
     return digest
+
+
+def _recorded(record: Path) -> str | None:
+    try:
+        text = record.read_text().partition(" ")[0]
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError):
+        text = ""
+    # A record that can't be read must not pass for none: whatever came next would be taken for the first.
+    if not _SHA256.fullmatch(text):
+        raise IntegrityError(f"{record} holds no SHA-256", "remove it, and what comes next is recorded")
+    return text
 
 
 def _find_files(path: Path) -> FetchedWeights:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import semver
 
+from proteus_pipeline.errors import IntegrityError
 from proteus_pipeline.identity.names import Version
 from proteus_pipeline.registry.records import VersionRecord
 
@@ -46,6 +47,8 @@ class Event:
         Seconds since 1970.
     record
         For a registration by this package.
+    damage
+        Why a registration's record can't be read; the version counts all the same, and nothing stands in for it.
 
     """
 
@@ -58,6 +61,7 @@ class Event:
     author: str = ""
     sequence: int | None = None
     record: VersionRecord | None = None
+    damage: IntegrityError | None = None
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ start faster than any binding imports.
 from __future__ import annotations
 
 import os
+import secrets
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,24 @@ from proteus_pipeline.errors import StorageError
 
 FALLBACK_NAME = "proteus"
 FALLBACK_EMAIL = "proteus@localhost"
+# What says which repository git works on: a git hook's environment names the hook's own, not the one at our folder.
+_ELSEWHERE = frozenset(
+    f"GIT_{name}"
+    for name in (
+        "ALTERNATE_OBJECT_DIRECTORIES",
+        "COMMON_DIR",
+        "DIR",
+        "GRAFT_FILE",
+        "IMPLICIT_WORK_TREE",
+        "INDEX_FILE",
+        "NAMESPACE",
+        "OBJECT_DIRECTORY",
+        "PREFIX",
+        "REPLACE_REF_BASE",
+        "SHALLOW_FILE",
+        "WORK_TREE",
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -61,28 +80,34 @@ class Git:
         self, *args: str, data: str | None = None, env: dict[str, str] | None = None, timeout_s: float | None = None
     ) -> str:
         """Run ``git ARGS`` and return what it prints, without the last line end."""
+        printed = self.run_bytes(*args, data=None if data is None else data.encode(), env=env, timeout_s=timeout_s)
+        return printed.decode("utf-8", "replace").replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n")
+
+    def run_bytes(
+        self, *args: str, data: bytes | None = None, env: dict[str, str] | None = None, timeout_s: float | None = None
+    ) -> bytes:
+        """Run ``git ARGS`` and return the bytes it prints."""
+        inherited = {name: value for name, value in os.environ.items() if name not in _ELSEWHERE}
         try:
             done = subprocess.run(
                 ["git", "-C", str(self.root), *args],
                 input=data,
                 capture_output=True,
                 check=False,
-                encoding="utf-8",
-                errors="replace",
                 timeout=timeout_s,
                 # Commands that may ask a remote must fail rather than wait for a password nobody types.
-                env={**os.environ, "GIT_TERMINAL_PROMPT": "0", "LC_ALL": "C", **(env or {})},
+                env={**inherited, "GIT_TERMINAL_PROMPT": "0", "LC_ALL": "C", **(env or {})},
             )
         except FileNotFoundError as error:
             raise StorageError("git is not installed, or the folder is gone", f"look at {self.root}") from error
         except subprocess.TimeoutExpired as error:
             raise GitError(f"git {args[0]} took over {timeout_s:g} s", "check the remote") from error
         if done.returncode:
-            lines = done.stderr.strip().splitlines() or [f"exit {done.returncode}"]
+            lines = done.stderr.decode("utf-8", "replace").strip().splitlines() or [f"exit {done.returncode}"]
             # What went wrong; git's advice comes after it.
             words = next((line for line in lines if line.startswith("fatal: ")), lines[-1])
             raise GitError(f"git {args[0]}: {words}", f"run it by hand in {self.root}")
-        return done.stdout.removesuffix("\n")
+        return done.stdout
 
     def try_run(self, *args: str) -> str | None:
         """Return what ``git ARGS`` prints, or None when it fails."""
@@ -123,8 +148,9 @@ class Git:
     def commit_files(self, files: dict[str, str], message: str) -> str:
         """Return a new commit, HEAD's child, with some files changed; branch, index and working tree stay as they are."""
         head = self.head()
-        # Under the repository's own folder, so that a crash leaves nothing in the tree.
-        index = Path(self.run("rev-parse", "--absolute-git-dir")) / f"proteus-index-{os.getpid()}"
+        # Under the repository's own folder, so that a crash leaves nothing in the tree; one for each call, as two threads
+        # may register at once.
+        index = Path(self.run("rev-parse", "--absolute-git-dir")) / f"proteus-index-{secrets.token_hex(8)}"
         env = {"GIT_INDEX_FILE": str(index)}
         try:
             if head:

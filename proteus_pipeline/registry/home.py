@@ -36,6 +36,20 @@ def registry_home(explicit: str | None = None) -> Path:
     return project_root() or Path(os.environ.get("PROTEUS_HOME") or DEFAULT_HOME).expanduser()
 
 
+def find_home(path: Path) -> Git | None:
+    """Return the repository at `path`, or None when there is nothing yet.
+
+    Raises
+    ------
+    StorageError
+        When `path` is a file, or a folder outside git that holds something.
+
+    """
+    if path.exists() and not path.is_dir():
+        raise StorageError(f"{path} is a file", "name a folder")
+    return Git.find(path) if path.exists() and any(path.iterdir()) else None
+
+
 def open_home(path: Path) -> Git:
     """Return the repository at `path`, created when there is nothing.
 
@@ -45,10 +59,8 @@ def open_home(path: Path) -> Git:
         When `path` is a file, a folder outside git that holds something, or can't be created.
 
     """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        if not path.is_dir():
-            raise StorageError(f"{path} is a file", "name a folder")
-        return Git.find(path)
+    if found := find_home(path):
+        return found
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:

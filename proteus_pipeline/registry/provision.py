@@ -92,10 +92,11 @@ def provide(
 def _register(
     manager: ModelVersionManager, entry: ModelEntry, wanted: Reference, progress: Progress | None
 ) -> ModelVersion:
+    manager.ensure_home()
     model = _fetch(manager, entry, wanted, progress)
-    committed = _committed_pointer(manager.root, wanted.name) if len(entry.versions) == 1 else None
     stored = manager.store_weights(wanted.name, model.checkpoint)
-    if committed and committed.md5 != stored[0].md5:
+    committed = _committed_pointer(manager.root, wanted.name)
+    if committed and committed.md5 != stored[0].md5 and not _may_be_anothers(committed, manager, entry, wanted):
         raise IntegrityError(
             f"the weights from {model.weights.origin} are not those models/{wanted.name}.dvc points to "
             f"({stored[0].md5} against {committed.md5})",
@@ -185,6 +186,18 @@ def _record_at(git: Git, ref: str, tag: str) -> VersionRecord | None:
 def _committed_pointer(root: Path, name: str) -> Pointer | None:
     text = Git(root).read("HEAD", f"models/{name}.dvc")
     return Pointer.parse(text, f"models/{name}.dvc") if text else None
+
+
+def _may_be_anothers(committed: Pointer, manager: ModelVersionManager, entry: ModelEntry, wanted: Reference) -> bool:
+    """Say whether HEAD's pointer is, or may yet turn out to be, that of another version than the wanted one.
+
+    It may while a version of the catalogue is not registered: which one HEAD means is not written anywhere.
+    """
+    git, path = Git(manager.root), f"models/{wanted.name}.dvc"
+    registered = {e.version: e.commit for e in manager.history(wanted.name).events if e.kind == "registered"}
+    if entry.versions.keys() - registered.keys() - {wanted.selector}:
+        return True
+    return any(committed.md5 in (git.read(commit, path) or "") for commit in registered.values())
 
 
 def _materialise(manager: ModelVersionManager, version: ModelVersion) -> None:

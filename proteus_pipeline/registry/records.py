@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from proteus_pipeline.errors import IntegrityError
+from proteus_pipeline.errors import ConfigError, IntegrityError
 
 SCHEMA = 1
 _MARK = "proteus-record: "
@@ -111,7 +111,7 @@ def read_record(message: str, tag: str) -> VersionRecord | None:
         record = VersionRecord(**value)
         texts = (record.components["trunk"], record.weights["md5"], record.model_digest)
         whole = all(isinstance(t, str) for t in texts) and isinstance(record.sequence, int) and record.size >= 0
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, IndexError, KeyError, OverflowError, RecursionError, TypeError, ValueError) as error:
         raise IntegrityError(
             f"the record in tag {tag} is damaged ({error})", "fetch the tag again from a remote"
         ) from error
@@ -122,3 +122,12 @@ def read_record(message: str, tag: str) -> VersionRecord | None:
     if tag != f"{record.name}@v{record.version}":
         raise IntegrityError(f"the record in tag {tag} is of {record.name}@v{record.version}", "fetch the tag again")
     return record
+
+
+def json_like(value: Mapping[str, Any], what: str) -> dict[str, Any]:
+    """Return a mapping as it comes back from a record: what is compared must have been through JSON too."""
+    try:
+        plain: dict[str, Any] = json.loads(json.dumps(dict(value), allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"the {what} is not JSON-like ({error})", "use texts, numbers, lists and mappings") from error
+    return plain

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import json
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,6 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Protocol
 
 from proteus_pipeline.errors import (
-    ConfigError,
     IntegrityError,
     StorageError,
     VersionConflictError,
@@ -21,19 +19,15 @@ from proteus_pipeline.errors import (
 )
 from proteus_pipeline.identity.names import Reference, Version, check_name
 from proteus_pipeline.registry.artifacts import declare_artifact, declares_artifact
-from proteus_pipeline.registry.events import Event, History, fold, greatest, parse_tag
+from proteus_pipeline.registry.events import Event, History, fold, greatest
 from proteus_pipeline.registry.git import Git
-from proteus_pipeline.registry.home import open_home
-from proteus_pipeline.registry.records import VersionRecord, read_record
+from proteus_pipeline.registry.home import DEFAULT_HOME, find_home, open_home
+from proteus_pipeline.registry.records import VersionRecord, json_like
+from proteus_pipeline.registry.tags import read_events
 from proteus_pipeline.registry.weights import DvcCache, Pointer
 
 if TYPE_CHECKING:
     from proteus_pipeline.models.checkpoint import Checkpoint
-
-_FIELDS = ("refname:strip=2", "objecttype", "*objectname", "objectname", "creatordate:unix", "taggername", "contents")
-# git prints these bytes between fields and records; no ref name holds a control character, and a record's JSON
-# escapes them.
-_FIELD, _RECORD = "\x1f", "\x1e"
 
 
 class RegistrableModel(Protocol):
@@ -63,6 +57,8 @@ class ModelVersion:
         What the tag says; None for a tag that ``gto register`` or a person made.
     current
         Whether ``NAME`` and ``NAME@current`` mean this version.
+    damage
+        Why the record can't be read, in a listing; no other call returns such a version.
 
     """
 
@@ -73,6 +69,7 @@ class ModelVersion:
     record: VersionRecord | None
     current: bool
     root: Path
+    damage: IntegrityError | None = None
 
     @property
     def reference(self) -> str:
@@ -88,6 +85,8 @@ class ModelVersion:
             When there is none, or it is not the one that the record was made with.
 
         """
+        if self.damage:
+            raise self.damage
         path = f"models/{self.name}.dvc"
         text = Git(self.root).read(self.commit, path)
         if text is None:
@@ -142,14 +141,27 @@ class ModelVersionManager:
     Parameters
     ----------
     storage_path
-        A folder in a git repository with DVC. When it does not exist it is created, as a repository with a first
-        commit.
+        A folder in a git repository with DVC. When it does not exist, the first registration creates it, as a
+        repository with a first commit.
 
     """
 
-    def __init__(self, storage_path: str | Path = "~/.proteus/versions") -> None:
-        self._git = open_home(Path(storage_path).expanduser())
-        self.root = self._git.root
+    def __init__(self, storage_path: str | Path = DEFAULT_HOME) -> None:
+        self.root = Path(storage_path).expanduser().absolute()
+        self._known: Git | None = None
+        self._found()
+
+    def _found(self) -> Git | None:
+        """Return the repository, or None while nobody has created it."""
+        if self._known is None and (found := find_home(self.root)):
+            self._known, self.root = found, found.root
+        return self._known
+
+    def ensure_home(self) -> Git:
+        """Return the repository, created when there is none; StorageError when it can't be."""
+        self._known = self._found() or open_home(self.root)
+        self.root = self._known.root
+        return self._known
 
     def register_version(
         self,
@@ -197,37 +209,39 @@ class ModelVersionManager:
 
         """
         name, number = check_name(model.name), Version.parse(version).text
-        metadata = None if metadata is None else _json_like(metadata, "metadata")
-        configuration = _json_like(configuration or {}, "configuration")
-        needs = tuple(str(Reference.parse(d)) for d in dependencies)
-        history = self.history(name)
-        checkpoint = model.checkpoint
+        metadata = None if metadata is None else json_like(metadata, "metadata")
+        given = {"source": dict(model.source), "metadata": metadata or {}, "reason": reason, "breaking": breaking}
+        given["configuration"] = json_like(configuration or {}, "configuration")
+        given["dependencies"] = tuple(str(Reference.parse(d)) for d in dependencies)
+        history, checkpoint = self.history(name), model.checkpoint
         if any(e.version == number for e in history.events):
             return self._same_or_conflict(name, number, checkpoint, metadata)
         pointer, weights = stored or self.store_weights(name, checkpoint)
-        who = self._git.identity()
-        record = VersionRecord(
-            name=name,
+        record = self._record(history, number, checkpoint, weights, given)
+        commit = self._commit_with(pointer, record)
+        if not self.ensure_home().create_tag(f"{name}@v{number}", commit, record.message()):
+            return self._same_or_conflict(name, number, checkpoint, metadata)
+        return self.get_version(name, number)
+
+    def _record(
+        self, history: History, number: str, checkpoint: Checkpoint, weights: dict[str, Any], given: dict[str, Any]
+    ) -> VersionRecord:
+        who = self.ensure_home().identity()
+        # A damaged record's number is not known: one is left free for each.
+        last = max((e.sequence or 0 for e in history.events), default=0) + sum(1 for e in history.events if e.damage)
+        return VersionRecord(
+            name=history.name,
             version=number,
-            sequence=1 + max((e.sequence or 0 for e in history.events), default=0),
+            sequence=1 + last,
             model_digest=checkpoint.model_digest,
             components=checkpoint.digests,
             architecture=checkpoint.architecture.identity(),
             weights=weights,
-            source=dict(model.source),
-            metadata=dict(metadata or {}),
-            configuration=configuration,
-            dependencies=needs,
             parent=history.current,
             author={"name": who.name, "email": who.email, "fallback": who.fallback},
             time=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            reason=reason,
-            breaking=breaking,
+            **given,
         )
-        commit = self._commit_with(pointer, record)
-        if not self._git.create_tag(f"{name}@v{number}", commit, record.message()):
-            return self._same_or_conflict(name, number, checkpoint, metadata)
-        return self.get_version(name, number)
 
     def get_version(self, model_name: str, version: str) -> ModelVersion:
         """Return one live version; its weights are mapped when first asked for.
@@ -238,16 +252,18 @@ class ModelVersionManager:
             For a name or version that breaks the grammar.
         VersionNotFoundError
             When there is no such version, with those there are.
+        IntegrityError
+            When its record is damaged, or of a later schema.
 
         """
         history = self.history(check_name(model_name))
         number = Version.parse(version).text
         if number not in history.live:
             raise self._not_found(history, f"v{number}")
-        return self._version(history, number)
+        return self._sound(history, number)
 
     def list_versions(self, model_name: str) -> list[ModelVersion]:
-        """Return a model's live versions in SemVer order; none is an empty list."""
+        """Return a model's live versions in SemVer order, also those with `damage`; none is an empty list."""
         history = self.history(check_name(model_name))
         return [self._version(history, number) for number in history.live]
 
@@ -268,6 +284,8 @@ class ModelVersionManager:
             When the reference breaks the grammar.
         VersionNotFoundError
             When nothing fits it.
+        IntegrityError
+            When the record of the version it means is damaged; no other version stands in for it.
 
         """
         wanted = Reference.parse(reference)
@@ -276,17 +294,28 @@ class ModelVersionManager:
         number = history.current if wanted.selector == "current" else greatest(fitting)
         if number is None:
             raise self._not_found(history, wanted.selector)
-        return self._version(history, number)
+        return self._sound(history, number)
 
     def history(self, name: str) -> History:
         """Return a model's events in order, and what they come to."""
-        return fold(name, (e for e in self._events(name) if e.name == name))
+        return fold(name, self._events(name))
+
+    def _events(self, name: str | None = None) -> list[Event]:
+        git = self._found()
+        return read_events(git, name) if git else []
 
     def _version(self, history: History, number: str) -> ModelVersion:
         event = history.live[number]
+        current = number == history.current
         return ModelVersion(
-            history.name, number, event.tag, event.commit, event.record, number == history.current, self.root
+            history.name, number, event.tag, event.commit, event.record, current, self.root, event.damage
         )
+
+    def _sound(self, history: History, number: str) -> ModelVersion:
+        version = self._version(history, number)
+        if version.damage:
+            raise version.damage
+        return version
 
     def _not_found(self, history: History, wanted: str) -> VersionNotFoundError:
         if not history.live:
@@ -300,23 +329,6 @@ class ModelVersionManager:
             f"it has {', '.join(f'v{v}' for v in history.live)}",
         )
 
-    def _events(self, name: str | None = None) -> list[Event]:
-        form = _FIELD.join(f"%({field})" for field in _FIELDS).replace(_FIELD, "%1f") + "%1e"
-        patterns = (f"refs/tags/{name}@v*", f"refs/tags/{name}#*") if name else ("refs/tags/",)
-        events = []
-        for chunk in self._git.run("for-each-ref", f"--format={form}", *patterns).split(_RECORD + "\n"):
-            parts = chunk.removesuffix(_RECORD).split(_FIELD)
-            parsed = parse_tag(parts[0]) if len(parts) == len(_FIELDS) else None
-            if parsed is None:
-                continue
-            tag, _, peeled, plain, time, author, message = parts
-            kind, model, version, counter = parsed
-            record = read_record(message, tag) if kind == "registered" else None
-            sequence = record.sequence if record else counter if kind == "made current" else None
-            stamp = int(time) if time.isdigit() else 0
-            events.append(Event(kind, model, version, tag, peeled or plain, stamp, author, sequence, record))
-        return events
-
     def _same_or_conflict(
         self, name: str, number: str, checkpoint: Checkpoint, metadata: Mapping[str, Any] | None
     ) -> ModelVersion:
@@ -327,7 +339,7 @@ class ModelVersionManager:
             raise VersionConflictError(
                 f"{name}@v{number} was deleted, and a version number is never used again", "register the next version"
             )
-        there = self._version(history, number)
+        there = self._sound(history, number)
         digest = there.record.model_digest if there.record else there.checkpoint.model_digest
         if digest != checkpoint.model_digest:
             raise VersionConflictError(
@@ -346,7 +358,7 @@ class ModelVersionManager:
         """Put the canonical folder into the DVC cache; return its pointer, and what a record says of it."""
         from proteus_pipeline.models.folder import write_folder
 
-        scratch = self.root / ".proteus"
+        scratch = self.ensure_home().root / ".proteus"
         try:
             scratch.mkdir(exist_ok=True)
             folder = Path(tempfile.mkdtemp(prefix="register-", dir=scratch))
@@ -364,28 +376,20 @@ class ModelVersionManager:
 
     def _commit_with(self, pointer: Pointer, record: VersionRecord) -> str:
         """Return the commit to tag: HEAD where it has the pointer already and no version of this model, or a child."""
-        head = self._git.head()
+        git = self.ensure_home()
+        head = git.head()
         path = f"models/{record.name}.dvc"
-        dvc_yaml = (self._git.read(head, "dvc.yaml") if head else None) or ""
-        has_pointer = head is not None and self._git.read(head, path) == pointer.text()
+        dvc_yaml = (git.read(head, "dvc.yaml") if head else None) or ""
+        has_pointer = head is not None and git.read(head, path) == pointer.text()
         tagged = any(e.commit == head for e in self.history(record.name).events)
         if head and has_pointer and not tagged and declares_artifact(dvc_yaml, record.name):
             return head
         # As dvc add does, so that git status stays clean after a checkout of the tag and of the weights.
         ignored, line = str(PurePosixPath(path).with_name(".gitignore")), f"/{PurePosixPath(record.name).name}\n"
-        ignores = (self._git.read(head, ignored) if head else None) or ""
+        ignores = (git.read(head, ignored) if head else None) or ""
         files = {path: pointer.text(), "dvc.yaml": declare_artifact(dvc_yaml, record.name)}
         if line not in ignores.splitlines(keepends=True):
             files[ignored] = ignores + line
-        return self._git.commit_files(
+        return git.commit_files(
             files, f"{record.name} {record.version}\n\nRegistered by proteus; only its tag leads here.\n"
         )
-
-
-def _json_like(value: Mapping[str, Any], what: str) -> dict[str, Any]:
-    """Return a mapping as it comes back from a record: what is compared must have been through JSON too."""
-    try:
-        plain: dict[str, Any] = json.loads(json.dumps(dict(value), allow_nan=False))
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"the {what} is not JSON-like ({error})", "use texts, numbers, lists and mappings") from error
-    return plain

@@ -11,11 +11,15 @@ import configparser
 import hashlib
 import io
 import json
+import os
 import re
 import secrets
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+
+import platformdirs
 
 from proteus_pipeline.errors import IntegrityError, StorageError
 from proteus_pipeline.stores.files import atomic_path, md5_file, sha256_file, storage_error, write_atomic
@@ -180,17 +184,24 @@ def _scalar(name: str) -> str:
 
 
 def _cache_dir(root: Path) -> Path:
-    """Return DVC's cache folder: ``cache.dir`` of config.local or config, relative to .dvc, else .dvc/cache."""
-    for name in ("config.local", "config"):
+    """Return DVC's cache folder: ``cache.dir`` of the first configuration that sets it, else .dvc/cache."""
+    for path in _configurations(root):
         parser = configparser.ConfigParser(interpolation=None)
         try:
-            parser.read(root / ".dvc" / name, encoding="utf-8")
-        except configparser.Error as error:
-            raise StorageError(
-                f"{root / '.dvc' / name} can't be read ({error})", "mend it: dvc config --list"
-            ) from error
+            parser.read(path, encoding="utf-8")
+        except (configparser.Error, UnicodeDecodeError) as error:
+            raise StorageError(f"{path} can't be read ({error})", "mend it: dvc config --list") from error
         if found := parser.get("cache", "dir", fallback=None):
             value = _VALUE.match(found)
             bare = (value["quoted"] or value["bare"] or "").strip() if value else found
-            return (root / ".dvc" / Path(bare).expanduser()).resolve()
+            return (path.parent / Path(bare).expanduser()).resolve()
     return root / ".dvc" / "cache"
+
+
+def _configurations(root: Path) -> Iterator[Path]:
+    """Yield DVC's configuration files, the strongest first: of this clone, the repository, the user, the machine."""
+    yield root / ".dvc" / "config.local"
+    yield root / ".dvc" / "config"
+    # The places are platformdirs' where these variables do not name them, as in dvc/dirs.py.
+    yield Path(os.environ.get("DVC_GLOBAL_CONFIG_DIR") or platformdirs.user_config_dir("dvc", "iterative"), "config")
+    yield Path(os.environ.get("DVC_SYSTEM_CONFIG_DIR") or platformdirs.site_config_dir("dvc", "iterative"), "config")

@@ -7,11 +7,12 @@ sequence, and the ``;`` comment lines of Pearson's original format.
 
 from __future__ import annotations
 
+import errno
 import gzip
 import io
 import os
 import re
-import uuid
+import secrets
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -205,7 +206,8 @@ def replace_text(path: Path, chunks: Iterable[str]) -> None:
         When it can't be written. This package's errors raised by `chunks` pass through, and `path` stays as it was.
 
     """
-    part = path.with_name(f".{uuid.uuid4().hex}.tmp")
+    # As stores/files.py does it, which is above this room: the same names, the same order.
+    part = path.with_name(f".tmp-{secrets.token_hex(8)}{path.suffix}")
     try:
         try:
             with part.open("x", encoding="utf-8", newline="\n") as stream:
@@ -213,6 +215,7 @@ def replace_text(path: Path, chunks: Iterable[str]) -> None:
                 stream.flush()
                 os.fsync(stream.fileno())
             part.replace(path)
+            _flush_folder(path.parent)
         finally:
             part.unlink(missing_ok=True)
     except StorageError:  # an OSError too
@@ -221,3 +224,15 @@ def replace_text(path: Path, chunks: Iterable[str]) -> None:
         raise StorageError(
             f"{path} can't be written: {error.strerror or error}", "check its folder, its permissions, and free space"
         ) from error
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems can't; the file is in its place by then.
+        if error.errno not in {errno.EINVAL, errno.ENOTSUP}:
+            raise
+    finally:
+        os.close(descriptor)

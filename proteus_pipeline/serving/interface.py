@@ -7,11 +7,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from proteus_pipeline.errors import SequenceError
 from proteus_pipeline.identity.names import Reference, check_name
+from proteus_pipeline.models.architecture import resolve_layer
 from proteus_pipeline.models.encoder import Esm2Encoder
 from proteus_pipeline.models.pooling import pool
 from proteus_pipeline.registry.home import registry_home
 from proteus_pipeline.registry.versions import ModelVersion, ModelVersionManager
+from proteus_pipeline.sequences.rules import Rules, normalise
 
 if TYPE_CHECKING:
     import numpy as np
@@ -84,7 +87,7 @@ class ModelInterface:
         Parameters
         ----------
         sequences
-            Upper-case amino acids, each of at least one residue.
+            Amino acids, in either case; normalised as the config's defaults do, and embedded whole however long.
         layer
             0 to the number of layers, or negative from the end.
         pooling
@@ -97,12 +100,22 @@ class ModelInterface:
         list of NDArray
             (D,) fp32 each, or (L, D) per residue, in the order of `sequences`.
 
+        Raises
+        ------
+        SequenceError
+            For one text instead of a list of them, or a sequence that is none: `proteus_pipeline.sequences.rules`.
+        ConfigError
+            For a layer that the model does not have.
+
         """
+        if isinstance(sequences, str):
+            raise SequenceError("embed was given one text, not a list of sequences", "write embed([SEQUENCE])")
+        rules = Rules(long="window")
+        read = [normalise(s, rules, f"sequence {number}") for number, s in enumerate(sequences, 1)]
+        index = resolve_layer(layer, self.checkpoint.architecture.layers)
         encoder = self.encoder(**options)
-        layers = self.checkpoint.architecture.layers
-        index = layer if layer >= 0 else layers + 1 + layer
-        found = {i: pool(hidden[index], pooling) for i, hidden in encoder.encode(sequences, [index])}
-        return [found[i] for i in range(len(sequences))]
+        found = {i: pool(hidden[index], pooling) for i, hidden in encoder.encode(read, [index])}
+        return [found[i] for i in range(len(read))]
 
     def to_fair_esm(self) -> tuple[torch.nn.Module, Any]:
         """Return the weights as fair-esm's ``(model, alphabet)``, for code written against fair-esm."""

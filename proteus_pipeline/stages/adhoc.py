@@ -12,7 +12,7 @@ from proteus_pipeline.embeddings.export import check_target, export
 from proteus_pipeline.errors import ConfigError
 from proteus_pipeline.sequences.fasta import read_fasta
 from proteus_pipeline.sequences.rules import clean
-from proteus_pipeline.stages.compose import resolve, rules_of
+from proteus_pipeline.stages.compose import resolve_stages, rules_of
 from proteus_pipeline.stages.embed import embed_records
 from proteus_pipeline.stages.project import Project
 
@@ -36,10 +36,9 @@ def embed_file(
     if "fasta" in (changes.get("data") or {}):
         raise ConfigError("the FASTA file is given twice", "leave data.fasta= out")
     # The file is named from where the user stands, not from the project's root.
-    here = overlay(changes, {"data": {**(changes.get("data") or {}), "fasta": str(fasta.absolute()), "labels": None}})
+    here = overlay(changes, {"data": {**(changes.get("data") or {}), "fasta": str(fasta.absolute())}})
     composition = compose(project.work, read_params(project.work / PARAMS), changes=here)
-    composition.settings.data.labels = None
-    composed = resolve(project, composition)
+    composed = resolve_stages(project, composition, ("embed",))
     records, _ = clean(read_fasta(fasta), rules_of(composed["data"]))
     outcome = embed_records(project, composed, "embed", records, progress)
     if output is not None:

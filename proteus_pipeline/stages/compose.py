@@ -8,16 +8,18 @@ stage after it runs only when a key it uses changed.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from proteus_pipeline.config.composition import PARAMS, Composition, compose, read_params
-from proteus_pipeline.embeddings.recipe import Recipe, resolve_layer
+from proteus_pipeline.config.composition import COMMAND_LINE, PARAMS, Composition, compose, read_params
+from proteus_pipeline.embeddings.recipe import Recipe
 from proteus_pipeline.errors import ConfigError, ProteusError, StorageError, VersionNotFoundError
 from proteus_pipeline.identity import digests
 from proteus_pipeline.identity.names import Reference
+from proteus_pipeline.models.architecture import resolve_layer
 from proteus_pipeline.models.encoder import ENGINE_REVISION
 from proteus_pipeline.registry.lock import Locked, read_lock, resolve_locked
 from proteus_pipeline.registry.provision import provide
@@ -34,7 +36,14 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 LOCK = "models.lock"
-_NO_MODEL = {"reference": None, "name": None, "version": None, "digest": None, "trunk_digest": None}
+_NO_MODEL = {
+    "reference": None,
+    "name": None,
+    "version": None,
+    "digest": None,
+    "trunk_digest": None,
+    "description": None,
+}
 
 
 def run(project: Project, progress: Callable[[int, int | None], None] | None = None) -> None:
@@ -58,18 +67,30 @@ def resolve(
 
     """
     settings = composition.settings
+    value = resolve_stages(project, composition, ("embed", "compare"), progress)
+    value["data"] |= _input_digests(project, settings.data)
+    return value
+
+
+def resolve_stages(
+    project: Project,
+    composition: Composition,
+    names: Sequence[str],
+    progress: Callable[[int, int | None], None] | None = None,
+) -> dict[str, Any]:
+    """Return what `resolve` does for some stages' models, without reading the input files."""
+    settings = composition.settings
     if settings.engine != "local":
         raise composition.blame(ConfigError(f"{settings.engine!r} is no engine", "use local"), "engine")
     _check_ranges(composition)
     stages = {
-        name: _stage(project, composition, name, getattr(settings.stages, name).model, progress)
-        for name in ("embed", "compare")
+        name: _stage(project, composition, name, getattr(settings.stages, name).model, progress) for name in names
     }
     return {
         "schema": SCHEMA,
         "engine_revision": ENGINE_REVISION,
         "stages": stages,
-        "data": dataclasses.asdict(settings.data) | _input_digests(project, settings.data),
+        "data": dataclasses.asdict(settings.data),
         "embedding": dataclasses.asdict(settings.embedding),
         "probe": dataclasses.asdict(settings.probe),
         "cache": dataclasses.asdict(settings.cache),
@@ -124,10 +145,17 @@ def _stage(
         layer = resolve_layer(composition.settings.embedding.layer, layers)
     except ConfigError as error:
         raise composition.blame(error, "embedding.layer") from error
-    model = {"reference": version.reference, "name": version.name, "version": version.version}
+    model: dict[str, str | None] = {"reference": version.reference, "name": version.name, "version": version.version}
     window, overlap = _windows(composition)
-    model |= {"digest": locked.model, "trunk_digest": locked.trunk}
+    model |= {"digest": locked.model, "trunk_digest": locked.trunk, "description": _description(project, version)}
     return {"model": model, "layer": layer, "window": window, "overlap": overlap}
+
+
+def _description(project: Project, version: ModelVersion) -> str | None:
+    """Return what a version's metadata or the catalogue says it is, for the page."""
+    told = version.record.metadata.get("description") if version.record else None
+    entry = project.catalogue.get(version.name)
+    return str(told) if told else entry.description if entry else None
 
 
 def _windows(composition: Composition) -> tuple[int, int]:
@@ -139,7 +167,7 @@ def _windows(composition: Composition) -> tuple[int, int]:
 def _source_key(composition: Composition, stage: str) -> str:
     """Return the key a stage's model was set by: its own, or the general one it refers to."""
     own, general = f"stages.{stage}.model", "model" if stage == "embed" else "candidate"
-    return own if composition.origin(own) == PARAMS else general
+    return own if composition.origin(own) in {PARAMS, COMMAND_LINE} else general
 
 
 def _version(project: Project, reference: str, progress: Callable[[int, int | None], None] | None) -> ModelVersion:
@@ -169,7 +197,7 @@ def _check_ranges(composition: Composition) -> None:
         try:
             check()
         except ConfigError as error:
-            key = next((k for k in composition.origins if k.startswith(f"{section}.") and k in error.what), section)
+            key = next((k for k in composition.origins if k in error.what and "." in k), section)
             raise ConfigError(f"{composition.origin(key)}: {error.what}", error.remedy) from error
 
 
@@ -186,7 +214,7 @@ def _check_cache(accept: str) -> None:
 
 
 def _check_runtime(device: str, threads: int | None, tokens: int) -> None:
-    if device not in {"auto", "cpu"} and not device.startswith("cuda"):
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
         raise ConfigError(f"runtime.device is {device!r}", "use auto, cpu, cuda or cuda:N")
     if threads is not None and threads < 1:
         raise ConfigError(f"runtime.threads is {threads}", "use 1 or more, or null for torch's own choice")
@@ -211,7 +239,7 @@ def _file_digest(path: Path, key: str) -> str:
             while block := file.read(1 << 20):
                 state.update(block)
     except FileNotFoundError as error:
-        raise StorageError(f"{key}: {path} does not exist", f"set {key}=PATH") from error
+        raise StorageError(f"{key}: {path} does not exist", f"set {key}=PATH, from the project's root") from error
     except OSError as error:
         raise storage_error("read", path, error) from error
     return digests.of_record("file", state.hexdigest())

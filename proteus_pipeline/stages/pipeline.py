@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from proteus_pipeline.config.composition import PARAMS, Composition, compose, read_params
 from proteus_pipeline.config.overrides import parse, write_params
-from proteus_pipeline.errors import ProteusError, StaleLockError
+from proteus_pipeline.embeddings.manifest import read_manifest
+from proteus_pipeline.errors import ProteusError, StaleLockError, StorageError
 from proteus_pipeline.identity.names import Reference
+from proteus_pipeline.registry.events import greatest
 from proteus_pipeline.registry.lock import Locked, read_lock, write_lock
+from proteus_pipeline.registry.provision import provide
 from proteus_pipeline.stages.compose import LOCK, resolve
-from proteus_pipeline.stages.project import Project
+from proteus_pipeline.stages.project import CANDIDATE, COUNTS, MANIFEST, Project
+from proteus_pipeline.stores.files import write_atomic
 
 STAGES = ("compose", "prepare", "embed", "probe", "compare", "report")
 
@@ -54,38 +61,97 @@ def run_pipeline(
     composition = compose(project.work, params, changes=parse(overrides))
     if locked:
         check_lock(project, composition)
-    if update:
-        update_lock(project, composition, refresh=True)
-    # Everything that can be wrong is found before params.yaml is touched, versions and input files included.
-    resolve(project, composition, progress)
-    write_params(project.work, overrides)
+    with _lock_kept_on_error(project):
+        if update:
+            update_lock(project, composition, refresh=True)
+        # Everything that can be wrong is found before params.yaml is touched, versions and input files included.
+        composed = resolve(project, composition, progress)
+        write_params(project.work, overrides)
+    _drop_hollow_manifests(project, composed)
     before = project.run_log().get("stages", {})
     started = time.perf_counter()
-    command = [sys.executable, "-m", "dvc", "repro", *(["--force"] if force else [])]
-    # The stages call `proteus`: the one beside this interpreter, also where no environment is activated.
-    path = os.pathsep.join((os.path.dirname(sys.executable), os.environ.get("PATH", "")))  # noqa: PTH120
-    done = subprocess.run(command, cwd=project.work, check=False, env=os.environ | {"PATH": path})
-    if done.returncode:
-        raise ProteusError("the pipeline did not finish", "the lines above say which stage failed, and why")
+    _reproduce(project, force=force)
     return _summarise(project, before, time.perf_counter() - started)
 
 
+@contextmanager
+def _lock_kept_on_error(project: Project) -> Iterator[None]:
+    """Put models.lock back as it was when what follows fails."""
+    path = project.work / LOCK
+    old = path.read_bytes() if path.exists() else None
+    try:
+        yield
+    except BaseException:
+        if old is not None and path.read_bytes() != old:
+            write_atomic(path, old)
+        raise
+
+
+def _drop_hollow_manifests(project: Project, composed: dict[str, Any]) -> None:
+    """Remove a manifest whose embeddings are not in the cache (moved, cleaned, or on another machine): its stage runs."""
+    cache = project.cache(composed)
+    for name in (MANIFEST, CANDIDATE):
+        path = project.work / name
+        listed = _listed(path)
+        missing = listed.keys() - cache.candidates(list(listed)).keys()
+        if missing:
+            print(
+                f"note: {len(missing)} embeddings of {name} are not in {cache.path}; they are computed", file=sys.stderr
+            )
+            path.unlink()
+
+
+def _listed(path: Path) -> dict[str, str]:
+    """Return content hash by key of a manifest; nothing where there is none, or an idle candidate's."""
+    try:
+        return {e.key: e.content for e in read_manifest(path).entries}
+    except StorageError:
+        return {}
+
+
+def _reproduce(project: Project, *, force: bool) -> None:
+    command = [sys.executable, "-m", "dvc", "repro", *(["--force"] if force else [])]
+    # The stages call `proteus`: the one beside this interpreter, also where no environment is activated.
+    path = os.pathsep.join((os.path.dirname(sys.executable), os.environ.get("PATH", "")))  # noqa: PTH120
+    with subprocess.Popen(command, cwd=project.work, env=os.environ | {"PATH": path}) as child:
+        try:
+            code = child.wait()
+        except KeyboardInterrupt:
+            # The terminal sent it to DVC and the stage too: they finish what they hold and let go of their locks.
+            child.wait()
+            raise
+    if code:
+        raise ProteusError("the pipeline did not finish", "the lines above say which stage failed, and why")
+
+
 def _summarise(project: Project, before: dict[str, Any], seconds: float) -> RunSummary:
-    """Mark the stages that DVC skipped: their counts in results/run.json are then this run's, not an earlier one's."""
+    """Mark the stages that DVC skipped or restored, with the counts of what is there now, not of an earlier run."""
     log = project.run_log()
-    stages = {name: log.get("stages", {}).get(name, {}) for name in STAGES}
-    for section, name in zip(stages.values(), STAGES, strict=True):
-        if section.get("finished") == before.get(name, {}).get("finished"):
-            idle = {
-                key: 0
-                for key in ("hits", "derived", "computed", "tokens", "seconds", "saved_seconds")
-                if key in section
-            }
-            section.update(idle | {"status": "unchanged"})
+    stages: dict[str, dict[str, Any]] = {}
+    for name in STAGES:
+        section = log.get("stages", {}).get(name, {})
+        skipped = section.get("finished") == before.get(name, {}).get("finished")
+        stages[name] = _standing(project, name) | {"status": "unchanged"} if skipped else section
     log["stages"] = stages
     log["seconds"] = round(seconds, 3)
     project.write_run_log(log)
     return RunSummary(stages, seconds)
+
+
+def _standing(project: Project, stage: str) -> dict[str, Any]:
+    """Return what a stage's outputs say, for a stage that did not run."""
+    if stage in {"embed", "compare"}:
+        path = project.work / (MANIFEST if stage == "embed" else CANDIDATE)
+        model = project.composed["stages"][stage]["model"]["reference"]
+        try:
+            entries = read_manifest(path).entries
+        except StorageError:
+            entries = ()
+        idle = dict.fromkeys(("hits", "derived", "computed", "tokens"), 0) | {"seconds": 0.0, "saved_seconds": 0.0}
+        return idle | {"model": model, "sequences": len(entries), "unique": len({e.key for e in entries})}
+    if stage == "prepare":
+        return dict(json.loads((project.work / COUNTS).read_text(encoding="utf-8")))
+    return {}
 
 
 def floating_references(composition: Composition) -> list[str]:
@@ -103,12 +169,24 @@ def update_lock(project: Project, composition: Composition, *, refresh: bool) ->
     changed: dict[str, Locked] = {}
     for reference in dict.fromkeys([*wanted, *(known if refresh else ())]):
         if refresh or reference not in known:
-            entry = Locked.of(project.manager.resolve(reference))
+            entry = _meaning(project, reference, known)
             if known.get(reference) != entry:
                 changed[reference] = entry
     if changed:
         write_lock(path, known | changed)
     return changed
+
+
+def _meaning(project: Project, reference: str, known: dict[str, Locked]) -> Locked:
+    """Return what a floating reference means now; a fresh clone, which has no tags, first gets the version it can."""
+    name = Reference.parse(reference).name
+    if not project.manager.list_versions(name):
+        entry = project.catalogue.get(name)
+        if reference in known:
+            provide(project.manager, f"{name}@v{known[reference].version}", project.catalogue)
+        elif entry:
+            provide(project.manager, f"{name}@v{greatest(entry.versions)}", project.catalogue)
+    return Locked.of(project.manager.resolve(reference))
 
 
 def check_lock(project: Project, composition: Composition) -> None:
@@ -122,7 +200,7 @@ def check_lock(project: Project, composition: Composition) -> None:
     """
     known = read_lock(project.work / LOCK)
     for reference in floating_references(composition):
-        now = Locked.of(project.manager.resolve(reference))
+        now = _meaning(project, reference, known)
         if known.get(reference) != now:
             said = f"v{known[reference].version}" if reference in known else "nothing"
             raise StaleLockError(

@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 from proteus_pipeline.sequences.fasta import read_fasta, write_fasta
-from proteus_pipeline.sequences.labels import Label, labels_from_headers, read_labels, write_labels
+from proteus_pipeline.sequences.labels import LabelTable, labels_from_headers, read_labels, write_labels
 from proteus_pipeline.sequences.rules import clean
 from proteus_pipeline.stages.compose import rules_of
 from proteus_pipeline.stages.project import COUNTS, LABELS, SEQUENCES, Project
@@ -18,14 +18,13 @@ def run(project: Project) -> None:
     """Write the clean FASTA file, the labels, and what was done to the records."""
     data: dict[str, Any] = project.composed["data"]
     records, counts = clean(read_fasta(project.find_file(data["fasta"])), rules_of(data))
-    labels: list[Label]
     if data["labels"]:
-        labels = read_labels(project.find_file(data["labels"]), {r.id for r in records}).labels
+        table = read_labels(project.find_file(data["labels"]), {r.id for r in records})
     else:
-        labels = labels_from_headers(records, data["label_key"])
+        table = LabelTable(labels_from_headers(records, data["label_key"]))
     (project.work / SEQUENCES).parent.mkdir(parents=True, exist_ok=True)
     write_fasta(project.work / SEQUENCES, records)
-    write_labels(project.work / LABELS, labels)
-    facts = dataclasses.asdict(counts) | {"labelled": len(labels)}
+    write_labels(project.work / LABELS, table.labels)
+    facts = dataclasses.asdict(counts) | {"labelled": len(table.labels), "labels_ignored": table.ignored}
     write_atomic(project.work / COUNTS, (json.dumps(facts, indent=1) + "\n").encode())
     project.record("prepare", sequences=counts.kept, **facts)

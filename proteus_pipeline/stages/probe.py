@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -57,8 +58,15 @@ def probe_manifest(here: Project, manifest: str) -> tuple[ProbeResult, list[Reco
 
 def stored_labels(here: Project) -> list[Label]:
     """Return the labels that prepare wrote."""
-    with (here.work / LABELS).open(encoding="utf-8", newline="") as file:
-        return [Label(row["id"], row["target"], row["group"]) for row in csv.DictReader(file)]
+    return [Label(row["id"], row["target"], row["group"]) for row in read_csv(here, LABELS)]
+
+
+def read_csv(here: Project, source: str) -> list[dict[str, str]]:
+    """Return the rows of a small table that a stage wrote."""
+    # csv refuses fields of over 131,072 characters, and an id or a label may be as long as its file says.
+    csv.field_size_limit(sys.maxsize)
+    with (here.work / source).open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def write_csv(here: Project, target: str, head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

@@ -76,23 +76,28 @@ class Project:
             value = yaml.safe_load((self.work / COMPOSED).read_text(encoding="utf-8"))
         except FileNotFoundError as error:
             raise StorageError(f"{COMPOSED} does not exist", "run: dvc repro compose") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise StorageError(f"{COMPOSED} is damaged", "run: dvc repro compose") from error
         if not isinstance(value, dict):
             raise StorageError(f"{COMPOSED} is damaged", "run: dvc repro compose")
         return value
 
     @cached_property
     def manager(self) -> ModelVersionManager:
+        """The project's own registry."""
         from proteus_pipeline.registry.versions import ModelVersionManager
 
         return ModelVersionManager(self.home)
 
     @cached_property
     def catalogue(self) -> dict[str, ModelEntry]:
+        """Where weights come from, by model name: conf/model/."""
         from proteus_pipeline.models.sources import load_catalogue
 
         return load_catalogue(self.work / "conf" / "model")
 
     def cache(self, composed: dict[str, Any]) -> EmbeddingCache:
+        """Return the embedding cache that a composed configuration names."""
         from proteus_pipeline.embeddings.cache import EmbeddingCache
         from proteus_pipeline.models.device import device_class, resolve_device
 
@@ -126,6 +131,7 @@ class Project:
         return value if isinstance(value, dict) else {}
 
     def write_run_log(self, value: dict[str, Any]) -> None:
+        """Replace results/run.json."""
         write_atomic(self.work / RUN, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
 
 

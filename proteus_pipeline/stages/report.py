@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from typing import TYPE_CHECKING, Any
 
 from proteus_pipeline.stages.drift import Drift
 from proteus_pipeline.stages.page import Page, Point, render
+from proteus_pipeline.stages.probe import read_csv
 from proteus_pipeline.stages.probing import Prediction
 from proteus_pipeline.stages.project import COUNTS, DRIFT, DRIFTS, MAP, METRICS, PREDICTIONS, REPORT, Project
 from proteus_pipeline.stores.files import write_atomic
@@ -25,13 +25,13 @@ def run(here: Project) -> None:
         lineage=_lineage(here),
         metrics=_json(work / METRICS)["probe"],
         predictions=[
-            Prediction(r["id"], r["actual"], r["predicted"], int(r["fold"])) for r in _rows(work / PREDICTIONS)
+            Prediction(r["id"], r["actual"], r["predicted"], int(r["fold"])) for r in read_csv(here, PREDICTIONS)
         ],
-        points=[Point(r["id"], float(r["x"]), float(r["y"]), r["label"]) for r in _rows(work / MAP)],
+        points=[Point(r["id"], float(r["x"]), float(r["y"]), r["label"]) for r in read_csv(here, MAP)],
         compare=_comparison(compared),
         drifts=[
             Drift(r["id"], float(r["cosine"]), float(r["relative_l2"]), float(r["max_abs"]))
-            for r in _rows(work / DRIFTS)
+            for r in read_csv(here, DRIFTS)
         ],
     )
     write_atomic(work / REPORT, render(page).encode())
@@ -50,10 +50,9 @@ def _lineage(here: Project) -> dict[str, str]:
     composed = here.composed
     model, data, e = composed["stages"]["embed"]["model"], composed["data"], composed["embedding"]
     counts = _json(here.work / COUNTS)
-    entry = here.catalogue.get(model["name"])
     lineage = {"Model": model["reference"]}
-    if entry:
-        lineage["What it is"] = entry.description
+    if model["description"]:
+        lineage["What it is"] = model["description"]
     numbers = (
         f"{e['precision']}, {e['numerics']}, stored as {e['stored']}, engine revision {composed['engine_revision']}"
     )
@@ -67,16 +66,14 @@ def _lineage(here: Project) -> dict[str, str]:
         "FASTA": data["fasta"],
         "FASTA digest": data["fasta_digest"],
         "Labels": data["labels"] or f"{data['label_key']}= in the headers",
-        "Labelled": str(counts["labelled"]),
-        "Too long": f"{data['long']} above {data['max_length']} residues",
+        "Labelled": f"{counts['labelled']} ({counts['labels_ignored']} labels of other ids)",
+        "Rules": f"unknown letters: {data['unknown']}; stops: {data['stops']}; gaps: {data['gaps']}; "
+        f"one id twice: {data['duplicates']}; over {data['max_length']} residues: {data['long']}",
+        "What they did": f"{counts['repeated']} repeated records, {counts['dropped']} dropped, "
+        f"{counts['truncated']} truncated, {counts['windowed']} in windows, {counts['replaced']} residues replaced by X",
     }
 
 
 def _json(path: Path) -> dict[str, Any]:
     value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return value
-
-
-def _rows(path: Path) -> list[dict[str, str]]:
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))

@@ -208,6 +208,37 @@ def test_outside_any_repository_a_folder_of_other_things_is_one_line(run: Run, t
     assert "is not in a git repository" in err
 
 
+@pytest.mark.parametrize("args", [(), ("--json",)])
+def test_a_listing_outside_a_project_makes_no_home(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, args: tuple[str, ...]
+):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    home = Path.home() / ".proteus" / "versions"
+    code, out, _ = run("list", *args)
+    assert (code, str(home) in out) == (0, True)
+    assert json.loads(out)["versions"] == [] if args else "none" in out
+    assert run("show", "m")[0] == 1
+    assert run("list", "m")[0] == 1
+    assert run("fetch", "m@v1.0.0")[0] == 1
+    assert not (Path.home() / ".proteus").exists()
+    code, _, err = run("list", "--home", str(tmp_path / "mistyped"))
+    assert (code, "mistyped does not exist" in err) == (1, True)
+
+
+def test_list_says_which_record_is_damaged(run: Run, folders: dict[str, str], repository: Path):
+    run("register", "m", "--version", "1.0.0", "--weights", folders["tiny"])
+    who = ("-c", "user.name=A", "-c", "user.email=a@example.org")
+    git(repository, *who, "tag", "-a", "-m", "T\n\nproteus-record: 1\n{", "other@v1.0.0")
+    code, out, _ = run("list")
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines() if "damaged record" in line] == ["other@v1.0.0"]
+    [good, bad] = json.loads(run("list", "--json")[1])["versions"]
+    assert ("damage" in good, "tag other@v1.0.0 is damaged" in bad["damage"]) == (False, True)
+    assert run("show", "m@v1.0.0")[0] == 0
+    assert run("show", "other")[0] == 4
+
+
 @pytest.fixture
 def project(repository: Path, folders: dict[str, str]) -> Path:
     """A repository with the project's conf/, whose model floats."""

@@ -33,7 +33,7 @@ def project(tmp_path: Path) -> Path:
         ("data.fasta=/a/b-c_d.fa.gz", {"data": {"fasta": "/a/b-c_d.fa.gz"}}),
         ('data.fasta="a\\=b.fa"', {"data": {"fasta": "a\\=b.fa"}}),
         ("probe.regularisation_c=1e-3", {"probe": {"regularisation_c": 0.001}}),
-        ("data=mine", {"data": "mine"}),
+        ("data=mine", {"groups": {"data": "mine"}}),
         ("data.fasta='???'", {"data": {"fasta": "???"}}),
     ],
 )

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -16,10 +17,11 @@ import pytest
 from entries import HERE, THERE, TRUNK, Made, make, publish, serves
 
 from proteus_pipeline.embeddings.cache import EmbeddingCache
-from proteus_pipeline.embeddings.index import Attestation
+from proteus_pipeline.embeddings.index import Attestation, Index
 from proteus_pipeline.errors import ConfigError, IntegrityError, StorageError
 
 FOLDER = Path(__file__).parent
+KILLS = 200 if os.environ.get("PROTEUS_TORTURE") == "1" else 15
 
 
 def names(folder: Path) -> list[str]:
@@ -92,6 +94,20 @@ def test_what_one_instance_publishes_another_reads(tmp_path: Path, pooling: str,
         assert array.dtype == np.float32
         array += 1  # the reader's own
     assert serves(reader, made) == 40
+
+
+def test_a_segment_says_by_itself_where_its_entries_come_from(tmp_path: Path):
+    import zarr
+
+    made = make(3)
+    publish(EmbeddingCache(tmp_path), made, THERE, seconds=1.5, tokens=70)
+    group = zarr.open_group(zarr.storage.ZipStore(newest(tmp_path / "seg"), mode="r"), mode="r")
+    said = group.attrs.asdict()["proteus"]
+    assert isinstance(said, dict)
+    assert said["trunk"] == TRUNK
+    header = Index.read(newest(tmp_path / "index")).header
+    assert said["attestation"] == dataclasses.asdict(header.attestation)
+    assert Attestation(**said["attestation"]) == Attestation(THERE, "2.0.0", "2026-01-01T00:00:00+00:00", 1.5, 70)
 
 
 def test_keys_that_are_not_there_are_misses_among_those_that_are(tmp_path: Path):
@@ -363,10 +379,11 @@ while True:
 """
 
 
+@pytest.mark.torture
 def test_a_killed_writer_loses_nothing_it_had_acknowledged(tmp_path: Path):
     rng = np.random.default_rng(3)
     acknowledged: list[tuple[int, int]] = []
-    for life in range(15):
+    for life in range(KILLS):
         process = script(WRITER, tmp_path, life)
         assert process.stdout is not None
         first = process.stdout.readline()
@@ -375,7 +392,7 @@ def test_a_killed_writer_loses_nothing_it_had_acknowledged(tmp_path: Path):
         rest, err = process.communicate(timeout=60)
         assert process.returncode == -signal.SIGKILL, err
         acknowledged += [(life, int(line)) for line in (first + rest).splitlines(keepends=True) if line.endswith("\n")]
-    assert len(acknowledged) >= 15
+    assert len(acknowledged) >= KILLS
     cache = EmbeddingCache(tmp_path)
     for life, number in acknowledged:
         pooling = ["mean", "per_residue"][number % 2]

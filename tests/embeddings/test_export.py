@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import resource
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -119,7 +120,7 @@ def test_a_zarr_that_cant_take_its_place_gives_the_former_one_back(tmp_path: Pat
     rename = Path.rename
 
     def refused(self: Path, target: Path) -> Path:
-        if self.name == ".tmp-out.zarr":
+        if target == path and not self.stem.endswith("-old"):
             raise OSError(errno.EIO, "Input/output error")
         return rename(self, target)
 
@@ -131,11 +132,42 @@ def test_a_zarr_that_cant_take_its_place_gives_the_former_one_back(tmp_path: Pat
 
 
 def test_an_unfinished_export_of_a_killed_run_is_in_nobodys_way(tmp_path: Path):
-    for name in (".tmp-out.zarr", ".tmp-old-out.zarr"):
+    left = [".tmp-00-old.zarr", ".tmp-00.zarr"]
+    for name in left:
         (tmp_path / name / "embeddings").mkdir(parents=True)
     saved(tmp_path / "out.zarr", make(2), ["x", "y"])
     assert list(opened(tmp_path / "out.zarr")) == ["x", "y"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [*left, "cache", "out.zarr"]
+
+
+def test_an_export_does_not_take_away_what_another_one_is_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    import zarr
+
+    path, create_array = tmp_path / "out.zarr", zarr.Group.create_array
+
+    def overtaken(group: zarr.Group, *args: Any, **kwargs: Any) -> Any:
+        array = create_array(group, *args, **kwargs)
+        monkeypatch.setattr(zarr.Group, "create_array", create_array)
+        saved(path, make(2, prefix="other"), ["x", "y"])
+        assert list(opened(path)) == ["x", "y"]
+        return array
+
+    monkeypatch.setattr(zarr.Group, "create_array", overtaken)
+    expected = saved(path, make(3, pooling="per_residue"), list("abc"))
+    assert {k: v.tobytes() for k, v in opened(path).items()} == {k: v.tobytes() for k, v in expected.items()}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "out.zarr"]
+
+
+@pytest.mark.parametrize("letter", ["a", "é", "蛋"])
+def test_an_id_that_is_too_long_for_an_npz_is_named(tmp_path: Path, letter: str):
+    longest = 65_531 // len(letter.encode())
+    saved(tmp_path / "o.npz", make(1), [letter * longest])
+    assert list(opened(tmp_path / "o.npz")) == [letter * longest]
+    with pytest.raises(StorageError, match=rf"^the id '{letter * 57}\.\.\.' has 65,53\d bytes.*write to a \.zarr"):
+        saved(tmp_path / "p.npz", make(1), [letter * (longest + 1)])
+    assert not (tmp_path / "p.npz").exists()
+    saved(tmp_path / "o.zarr", make(1), [letter * (longest + 1)])
+    assert list(opened(tmp_path / "o.zarr")) == [letter * (longest + 1)]
 
 
 def test_an_embedding_that_is_gone_is_named(tmp_path: Path):

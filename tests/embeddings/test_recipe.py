@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proteus_pipeline.embeddings.recipe import Recipe, resolve_layer, windows
+from proteus_pipeline.embeddings.recipe import Recipe, windows
 from proteus_pipeline.errors import ConfigError
 
 GOLDEN = json.loads((Path(__file__).parent / "golden_keys.json").read_text())
@@ -76,13 +76,6 @@ def test_windows_only_matter_for_sequences_longer_than_one():
 def test_recipes_that_mean_nothing_are_refused(changes: dict[str, object], named: str):
     with pytest.raises(ConfigError, match=named):
         dataclasses.replace(BASE, **changes)
-
-
-def test_layers_count_from_either_end():
-    assert [resolve_layer(i, 6) for i in range(-7, 7)] == [0, 1, 2, 3, 4, 5, 6] * 2
-    for layer in (7, -8, 33):
-        with pytest.raises(ConfigError, match=f"embedding.layer is {layer}, and the model has 6 layers"):
-            resolve_layer(layer, 6)
 
 
 @given(st.data())

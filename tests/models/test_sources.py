@@ -121,6 +121,46 @@ def test_what_has_changed_on_the_disk_is_fetched_again(server: Served, tmp_path:
     assert len(server.requests) == 3
 
 
+@pytest.mark.parametrize("here", ["gone", "rotten"])
+def test_a_source_that_is_another_one_than_before_is_refused(server: Served, tmp_path: Path, here: str):
+    path = fetch(fair_esm(server), tmp_path).path
+    record = path.with_name("x.pt.sha256")
+    before = record.read_text()
+    if here == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(b"rotten!")
+    server.files["models/x.pt"], server.etag = b"another", '"two"'
+    for _ in range(2):  # the second time too: what came has not become what is expected
+        with pytest.raises(IntegrityError) as caught:
+            fetch(fair_esm(server), tmp_path)
+        assert str(caught.value) == (
+            f"{server.url('models/x.pt')} has SHA-256 {sha256(b'another')}, expected {sha256(b'weights')}, "
+            f"as recorded when it first came; remove {record} only if the change is expected"
+        )
+        assert record.read_text() == before
+        assert path.is_file() == (here == "rotten")
+    record.unlink()
+    assert fetch(fair_esm(server), tmp_path).sha256["x.pt"] == sha256(b"another")
+
+
+def test_a_file_that_is_gone_is_fetched_again(server: Served, tmp_path: Path):
+    first = fetch(fair_esm(server), tmp_path)
+    first.path.unlink()
+    assert fetch(fair_esm(server), tmp_path) == first
+    assert first.path.read_bytes() == b"weights"
+    assert len(server.requests) == 3
+
+
+@pytest.mark.parametrize("text", [b"", b"abc  x.pt\n", b"\xff\xfe"])
+def test_a_record_that_cant_be_read_does_not_pass_for_none(server: Served, tmp_path: Path, text: bytes):
+    path = fetch(fair_esm(server), tmp_path).path
+    path.with_name("x.pt.sha256").write_bytes(text)
+    with pytest.raises(IntegrityError, match=r"x\.pt\.sha256 holds no SHA-256; remove it"):
+        fetch(fair_esm(server), tmp_path)
+    assert len(server.requests) == 2
+
+
 def test_two_addresses_do_not_share_a_file(server: Served, tmp_path: Path):
     server.files["mirror/x.pt"] = b"others"
     first = fetch(fair_esm(server), tmp_path)

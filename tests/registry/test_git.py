@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -109,3 +110,37 @@ def test_a_tag_that_another_process_is_making_counts_as_there(repository: Path):
 def test_any_other_refusal_of_a_tag_is_an_error(repository: Path):
     with pytest.raises(GitError, match="git tag"):
         Git(repository).create_tag("m@v1.0.0", "0" * 40, "x\n")
+
+
+@pytest.mark.parametrize(
+    "names", [("GIT_DIR",), ("GIT_DIR", "GIT_WORK_TREE"), ("GIT_OBJECT_DIRECTORY",), ("GIT_NAMESPACE",)]
+)
+def test_a_git_hooks_environment_leads_to_no_other_repository(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...]
+):
+    git(tmp_path, "init", "--quiet", "hooked")
+    hooked, head = tmp_path / "hooked", git(repository, "rev-parse", "HEAD")
+    values = {"GIT_DIR": hooked / ".git", "GIT_WORK_TREE": hooked, "GIT_OBJECT_DIRECTORY": hooked / ".git" / "objects"}
+    with monkeypatch.context() as patch:
+        for name in names:
+            patch.setenv(name, str(values.get(name, "space")))
+        patch.setenv("GIT_INDEX_FILE", str(hooked / "index"))
+        patch.setenv("GIT_PREFIX", "below/")
+        here = Git.find(repository)
+        assert (here.root, here.head()) == (repository, head)
+        assert here.create_tag("m@v1.0.0", here.commit_files({"a": "1\n"}, "x\n"), "m\n")
+    assert git(repository, "show", "m@v1.0.0:a") == "1"
+    assert git(hooked, "tag") == ""
+    assert not (hooked / "index").exists()
+
+
+def test_threads_that_commit_at_once_do_not_mix_their_files(repository: Path):
+    def commit(number: int) -> str:
+        return Git(repository).commit_files({f"{number}/{i}": f"{number}\n" for i in range(4)}, "x\n")
+
+    with ThreadPoolExecutor(4) as pool:
+        commits = list(pool.map(commit, range(8)))
+    for number, made in enumerate(commits):
+        names = git(repository, "diff", "--name-only", "HEAD", made).split()
+        assert names == [f"{number}/{i}" for i in range(4)]
+    assert list((repository / ".git").glob("proteus-index*")) == []

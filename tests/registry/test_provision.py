@@ -127,6 +127,35 @@ def test_where_the_catalogue_has_several_versions_the_pointer_is_of_one_of_them(
     assert (manager.root / "models" / "m").is_dir()
 
 
+def test_the_last_version_of_the_catalogue_must_be_the_one_the_pointer_is_of(
+    manager: ModelVersionManager, folders: dict[str, Path], tiny: Checkpoint
+):
+    commit_pointer(manager, tiny)
+    catalogue = entry(folders["other"], folders["other"])
+    provide(manager, "m@v1.0.1", catalogue)
+    refs = git(manager.root, "for-each-ref")
+    with pytest.raises(IntegrityError, match=r"are not those models/m\.dvc points to"):
+        provide(manager, M1, catalogue)
+    assert git(manager.root, "for-each-ref") == refs
+    assert provide(manager, M1, entry(folders["tiny"], folders["other"])).checkpoint.digests == tiny.digests
+
+
+def test_the_pointer_of_a_registered_version_is_no_other_versions(
+    manager: ModelVersionManager, folders: dict[str, Path], tiny: Checkpoint
+):
+    commit_pointer(manager, tiny)
+    git(manager.root, "tag", "m@v2.0.0")
+    assert provide(manager, M1, entry(folders["other"])).checkpoint.model_digest != tiny.model_digest
+
+
+def test_a_fetch_makes_a_home(tmp_path: Path, folders: dict[str, Path], tiny: Checkpoint):
+    manager = ModelVersionManager(tmp_path / "home")
+    with pytest.raises(VersionNotFoundError):
+        provide(manager, "m@v9.0.0", entry(folders["tiny"]))
+    assert not (tmp_path / "home").exists()
+    assert provide(manager, M1, entry(folders["tiny"])).checkpoint.model_digest == tiny.model_digest
+
+
 def test_lost_weights_come_back_from_their_source(
     manager: ModelVersionManager, folders: dict[str, Path], tiny: Checkpoint
 ):

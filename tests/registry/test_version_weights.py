@@ -191,4 +191,4 @@ def test_a_record_of_another_version_is_refused(manager: ModelVersionManager, re
     manager.register_version(Given("m", tiny), "1.0.0")
     git(repository, "update-ref", "refs/tags/m@v2.0.0", git(repository, "rev-parse", "m@v1.0.0"))
     with pytest.raises(IntegrityError, match=r"tag m@v2\.0\.0 is of m@v1\.0\.0"):
-        manager.list_versions("m")
+        manager.get_version("m", "2.0.0")

@@ -150,7 +150,7 @@ def test_branch_index_tree_and_untracked_files_stay(manager: ModelVersionManager
 
 @pytest.mark.parametrize("obstacle", ["cache", "scratch", "dvc.yaml", "objects"])
 def test_all_of_it_stays_when_a_registration_fails_midway(
-    manager: ModelVersionManager, repository: Path, tiny: Checkpoint, obstacle: str, monkeypatch: pytest.MonkeyPatch
+    manager: ModelVersionManager, repository: Path, tiny: Checkpoint, obstacle: str
 ):
     make_untidy(repository)
     if obstacle == "cache":
@@ -165,14 +165,14 @@ def test_all_of_it_stays_when_a_registration_fails_midway(
         (repository / "dvc.yaml").write_text("stages: {}\n")
         git(repository, "status")
     else:
-        monkeypatch.setenv("GIT_OBJECT_DIRECTORY", str(repository / ".git" / "config" / "no folder"))
-    with monkeypatch.context() as patch:
-        patch.delenv("GIT_OBJECT_DIRECTORY", raising=False)
-        before = state(repository)
+        for number in range(256):
+            folder = repository / ".git" / "objects" / f"{number:02x}"
+            if not folder.exists():
+                folder.touch()  # git can't make the folder of a new object
+    before = state(repository)
     with pytest.raises(StorageError) as caught:
         manager.register_version(Given("m", tiny), "1.0.0")
     assert "\n" not in str(caught.value)
-    monkeypatch.delenv("GIT_OBJECT_DIRECTORY", raising=False)
     assert state(repository) == before
     assert git(repository, "tag") == ""
 
@@ -357,12 +357,26 @@ def test_of_those_who_race_for_a_version_one_wins_and_the_others_are_told(reposi
     assert git(repository, "status", "--porcelain") == ""
 
 
-def test_a_home_of_its_own_is_made_on_first_use(tmp_path: Path, tiny: Checkpoint):
-    manager = ModelVersionManager(tmp_path / "home")
-    assert manager.list_models() == {}
+def test_a_home_of_its_own_is_made_by_a_registration_and_not_by_reading(tmp_path: Path, tiny: Checkpoint):
+    manager, reader = ModelVersionManager(tmp_path / "home"), ModelVersionManager(tmp_path / "home")
+    assert (manager.list_models(), manager.list_versions("m")) == ({}, [])
+    with pytest.raises(VersionNotFoundError, match="no model m is registered in"):
+        manager.resolve("m")
+    with pytest.raises(InvalidVersionError):
+        manager.register_version(Given("m", tiny), "1.0")
+    assert not (tmp_path / "home").exists()
     manager.register_version(Given("m", tiny), "1.0.0")
     again = ModelVersionManager(tmp_path / "home")
     assert again.resolve("m").checkpoint.model_digest == tiny.model_digest
+    assert reader.resolve("m") == again.resolve("m"), "made by another since"
+
+
+def test_the_default_home_is_made_by_a_registration(tiny: Checkpoint):
+    manager = ModelVersionManager()
+    assert not manager.root.exists()
+    manager.register_version(Given("m", tiny), "1.0.0")
+    assert manager.root == Path.home() / ".proteus" / "versions"
+    assert [v.reference for v in ModelVersionManager().list_versions("m")] == ["m@v1.0.0"]
 
 
 def test_the_first_commit_of_a_repository_may_be_the_tags(tmp_path: Path, tiny: Checkpoint):

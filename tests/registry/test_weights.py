@@ -213,6 +213,44 @@ def test_config_local_comes_before_config(repository: Path, tmp_path: Path):
     assert DvcCache(repository).object("abcd") == tmp_path / "shared" / "files" / "md5" / "ab" / "cd"
 
 
+@pytest.mark.parametrize(
+    ("level", "variable"),
+    [("--global", ""), ("--global", "XDG_CONFIG_HOME"), ("--global", "DVC_GLOBAL_CONFIG_DIR"), ("--system", "XDG_CONFIG_DIRS"),
+     ("--system", "DVC_SYSTEM_CONFIG_DIR")],
+)  # fmt: skip
+def test_the_cache_of_the_user_or_the_machine_is_the_one_dvc_uses(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, level: str, variable: str
+):
+    if variable:
+        monkeypatch.setenv(variable, str(tmp_path / "settings"))
+    dvc(repository, "config", level, "cache.dir", str(tmp_path / "shared"))
+    stored = DvcCache(repository).add_folder(make_folder(tmp_path / "m"), "m")
+    assert DvcCache(repository).object("abcd") == tmp_path / "shared" / "files" / "md5" / "ab" / "cd"
+    (repository / "models").mkdir()
+    (repository / "models" / "m.dvc").write_text(stored.pointer.text())
+    if not variable:
+        dvc(repository, "checkout", "models/m.dvc")
+        assert contents(repository / "models" / "m") == FILES
+
+
+def test_the_repository_comes_before_the_user_and_the_user_before_the_machine(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for name, folder in (("DVC_GLOBAL_CONFIG_DIR", "user"), ("DVC_SYSTEM_CONFIG_DIR", "machine")):
+        monkeypatch.setenv(name, str(tmp_path / folder))
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "config").write_text("[cache]\n    dir = beside\n")
+    (repository / ".dvc" / "config").write_text(f"[cache]\n    dir = {tmp_path / 'ours'}\n")
+    for config, cache in (
+        (repository / ".dvc" / "config", tmp_path / "ours"),
+        (tmp_path / "user" / "config", tmp_path / "user" / "beside"),
+        (tmp_path / "machine" / "config", tmp_path / "machine" / "beside"),
+    ):
+        assert DvcCache(repository).object("abcd") == cache / "files" / "md5" / "ab" / "cd"
+        config.unlink()
+    assert DvcCache(repository).object("abcd") == repository / ".dvc" / "cache" / "files" / "md5" / "ab" / "cd"
+
+
 def test_a_config_that_cant_be_read_is_named(repository: Path):
     (repository / ".dvc" / "config").write_text("no section\n")
     with pytest.raises(StorageError, match="config can't be read"):

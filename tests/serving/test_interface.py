@@ -7,7 +7,14 @@ import pytest
 import torch
 
 from proteus_pipeline import ModelInterface, ModelVersionManager
-from proteus_pipeline.errors import InvalidVersionError, ModelError, StorageError, VersionNotFoundError
+from proteus_pipeline.errors import (
+    ConfigError,
+    InvalidVersionError,
+    ModelError,
+    SequenceError,
+    StorageError,
+    VersionNotFoundError,
+)
 from proteus_pipeline.models.checkpoint import Checkpoint
 from proteus_pipeline.models.encoder import Esm2Encoder
 from proteus_pipeline.models.folder import write_folder
@@ -105,6 +112,41 @@ def test_the_start_tokens_embedding_is_the_encoders(model: ModelInterface):
 
 def test_no_sequences_give_no_embeddings(model: ModelInterface):
     assert model.embed([]) == []
+
+
+def test_sequences_are_read_by_the_rules_of_the_config(model: ModelInterface):
+    lower, plain, stop = model.embed(["mkta", "MKTA", "MKTA*"])
+    assert lower.tobytes() == plain.tobytes() == stop.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("sequence", "said"),
+    [
+        ("MK?A", r"sequence 2 has '\?' at position 3, which is no residue"),
+        ("MKJA", "sequence 2 has 'J' at position 3"),
+        ("MK-A", "sequence 2 has '-' at position 3, a gap"),
+        ("", "sequence 2 has no residues"),
+    ],
+)
+def test_what_is_no_sequence_is_refused_and_named(model: ModelInterface, sequence: str, said: str):
+    with pytest.raises(SequenceError, match=said):
+        model.embed(["MKTA", sequence])
+
+
+def test_a_sequence_longer_than_training_had_is_embedded_whole(model: ModelInterface):
+    (found,) = model.embed(["MK" * 600], pooling="per_residue")
+    assert found.shape == (1200, 32)
+
+
+def test_one_text_is_no_list_of_sequences(model: ModelInterface):
+    with pytest.raises(SequenceError, match=r"one text, not a list of sequences; write embed\(\[SEQUENCE\]\)"):
+        model.embed("MKTA")
+
+
+@pytest.mark.parametrize("layer", [99, 3, -4])
+def test_a_layer_that_is_not_there_is_refused(model: ModelInterface, layer: int):
+    with pytest.raises(ConfigError, match=f"layer is {layer}, and the model has 2 layers; use -3 to 2"):
+        model.embed(["MKTA"], layer=layer)
 
 
 def test_the_fair_esm_model_has_the_same_weights_and_gives_the_same_numbers(model: ModelInterface):
