@@ -33,11 +33,13 @@ def embed_file(
     if output is not None:
         check_target(output)
     changes = parse(overrides)
-    if "fasta" in (changes.get("data") or {}):
-        raise ConfigError("the FASTA file is given twice", "leave data.fasta= out")
-    # The file is named from where the user stands, not from the project's root.
-    here = overlay(changes, {"data": {**(changes.get("data") or {}), "fasta": str(fasta.absolute())}})
-    composition = compose(project.work, read_params(project.work / PARAMS), changes=here)
+    data = changes.get("data", {})
+    if isinstance(data, dict):  # else compose says what is wrong with it
+        if "fasta" in data:
+            raise ConfigError("the FASTA file is given twice", "leave data.fasta= out")
+        # The file is named from where the user stands, not from the project's root.
+        changes = overlay(changes, {"data": {"fasta": str(fasta.absolute())}})
+    composition = compose(project.work, read_params(project.work / PARAMS), changes=changes)
     composed = resolve_stages(project, composition, ("embed",))
     records, _ = clean(read_fasta(fasta), rules_of(composed["data"]))
     outcome = embed_records(project, composed, "embed", records, progress)

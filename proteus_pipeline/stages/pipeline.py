@@ -15,6 +15,7 @@ from typing import Any
 
 from proteus_pipeline.config.composition import PARAMS, Composition, compose, read_params
 from proteus_pipeline.config.overrides import parse, write_params
+from proteus_pipeline.embeddings.embedder import Embedded
 from proteus_pipeline.embeddings.manifest import read_manifest
 from proteus_pipeline.errors import ProteusError, StaleLockError, StorageError
 from proteus_pipeline.identity.names import Reference
@@ -92,8 +93,8 @@ def _drop_hollow_manifests(project: Project, composed: dict[str, Any]) -> None:
     cache = project.cache(composed)
     for name in (MANIFEST, CANDIDATE):
         path = project.work / name
-        listed = _listed(path)
-        missing = listed.keys() - cache.candidates(list(listed)).keys()
+        listed = {e.key for e in _entries(path)}
+        missing = listed - cache.candidates(list(listed)).keys()
         if missing:
             print(
                 f"note: {len(missing)} embeddings of {name} are not in {cache.path}; they are computed", file=sys.stderr
@@ -101,12 +102,12 @@ def _drop_hollow_manifests(project: Project, composed: dict[str, Any]) -> None:
             path.unlink()
 
 
-def _listed(path: Path) -> dict[str, str]:
-    """Return content hash by key of a manifest; nothing where there is none, or an idle candidate's."""
+def _entries(path: Path) -> tuple[Embedded, ...]:
+    """Return what a manifest lists; nothing where there is none, or an idle candidate's."""
     try:
-        return {e.key: e.content for e in read_manifest(path).entries}
+        return read_manifest(path).entries
     except StorageError:
-        return {}
+        return ()
 
 
 def _reproduce(project: Project, *, force: bool) -> None:
@@ -143,10 +144,7 @@ def _standing(project: Project, stage: str) -> dict[str, Any]:
     if stage in {"embed", "compare"}:
         path = project.work / (MANIFEST if stage == "embed" else CANDIDATE)
         model = project.composed["stages"][stage]["model"]["reference"]
-        try:
-            entries = read_manifest(path).entries
-        except StorageError:
-            entries = ()
+        entries = _entries(path)
         idle = dict.fromkeys(("hits", "derived", "computed", "tokens"), 0) | {"seconds": 0.0, "saved_seconds": 0.0}
         return idle | {"model": model, "sequences": len(entries), "unique": len({e.key for e in entries})}
     if stage == "prepare":
@@ -157,8 +155,7 @@ def _standing(project: Project, stage: str) -> dict[str, Any]:
 def floating_references(composition: Composition) -> list[str]:
     """Return the references of the configuration that models.lock must hold."""
     used = {composition.settings.stages.embed.model, composition.settings.stages.compare.model}
-    parsed = sorted(str(r) for r in map(Reference.parse, filter(None, used)) if not r.exact)
-    return list(dict.fromkeys(parsed))
+    return sorted({str(r) for r in map(Reference.parse, filter(None, used)) if not r.exact})
 
 
 def update_lock(project: Project, composition: Composition, *, refresh: bool) -> dict[str, Locked]:

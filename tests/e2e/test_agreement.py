@@ -125,6 +125,12 @@ def test_a_bad_fasta_is_one_line(clone: Clone, name: str) -> None:
     assert len([line for line in output.splitlines() if line.startswith("proteus: ")]) == 1
 
 
+@pytest.mark.parametrize("override", ["data=3", "data.fasta=b.fasta", "data=nothing"])
+def test_a_bad_choice_for_one_file_is_one_line(clone: Clone, override: str) -> None:
+    output = clone.run("proteus", "embed", "a.fasta", override, code=2)
+    assert len(output.splitlines()) == 1
+
+
 def test_outside_a_repository(clone: Clone, tmp_path: Path) -> None:
     clone.run("sh", "-c", f"cd '{tmp_path}' && proteus run", code=1)
     assert "not in a git repository" in clone.run("sh", "-c", f"cd '{tmp_path}' && proteus run", code=1)

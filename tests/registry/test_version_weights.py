@@ -4,27 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pytest
 from conftest import git, make_checkpoint
+from registering import Given, commit
 
 from proteus_pipeline.errors import IntegrityError, StorageError, VersionConflictError
 from proteus_pipeline.models.checkpoint import Checkpoint
 from proteus_pipeline.registry.versions import ModelVersionManager
 from proteus_pipeline.registry.weights import DvcCache
-
-
-@dataclass
-class Given:
-    """A model to register."""
-
-    name: str
-    checkpoint: Checkpoint
-    source: Mapping[str, Any] = field(default_factory=dict)
 
 
 @pytest.fixture(scope="module")
@@ -43,22 +32,6 @@ def command(root: Path, name: str, *args: str) -> str:
     done = subprocess.run([str(tool), *args], cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
-
-
-def commit(root: Path, message: str = "x") -> str:
-    git(
-        root,
-        "-c",
-        "user.name=A",
-        "-c",
-        "user.email=a@example.org",
-        "commit",
-        "--quiet",
-        "--allow-empty",
-        "-am",
-        message,
-    )
-    return git(root, "rev-parse", "HEAD")
 
 
 @pytest.mark.parametrize("name", ["esm2_tiny", "lab/123"])

@@ -3,14 +3,13 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import git, make_checkpoint
+from registering import Given, commit
 
 from proteus_pipeline.errors import (
     ConfigError,
@@ -24,15 +23,6 @@ from proteus_pipeline.models.checkpoint import Checkpoint
 from proteus_pipeline.registry.versions import ModelVersionManager
 
 
-@dataclass
-class Given:
-    """A model to register."""
-
-    name: str
-    checkpoint: Checkpoint
-    source: Mapping[str, Any] = field(default_factory=dict)
-
-
 @pytest.fixture(scope="module")
 def other() -> Checkpoint:
     return make_checkpoint(seed=1)
@@ -41,22 +31,6 @@ def other() -> Checkpoint:
 @pytest.fixture
 def manager(repository: Path) -> ModelVersionManager:
     return ModelVersionManager(repository)
-
-
-def commit(root: Path, message: str = "x") -> str:
-    git(
-        root,
-        "-c",
-        "user.name=A",
-        "-c",
-        "user.email=a@example.org",
-        "commit",
-        "--quiet",
-        "--allow-empty",
-        "-am",
-        message,
-    )
-    return git(root, "rev-parse", "HEAD")
 
 
 def state(root: Path) -> dict[str, Any]:
