@@ -64,9 +64,15 @@ def component_of(name: str) -> str:
     return name.removeprefix("esm.").split(".", 1)[0]
 
 
+class KnownTensors(Mapping[str, "torch.Tensor"]):
+    """Tensors whose digests are known before one is read; each is held to its own before anybody gets it."""
+
+    digests: dict[str, str]
+
+
 @dataclass(frozen=True)
 class Checkpoint:
-    """An architecture and its tensors by canonical name; tensors may be memory-mapped."""
+    """An architecture and its tensors by canonical name; tensors may be memory-mapped, and read when touched."""
 
     architecture: Architecture
     tensors: Mapping[str, torch.Tensor]
@@ -74,6 +80,8 @@ class Checkpoint:
     @cached_property
     def tensor_digests(self) -> dict[str, str]:
         """Each tensor's digest by name."""
+        if isinstance(self.tensors, KnownTensors):
+            return self.tensors.digests
         return {
             name: digests.of_tensor(dtype_name(tensor), tuple(tensor.shape), tensor_bytes(tensor))
             for name, tensor in sorted(self.tensors.items())
@@ -82,11 +90,7 @@ class Checkpoint:
     @cached_property
     def digests(self) -> dict[str, str]:
         """Each component's digest by its name; ``trunk`` is always there."""
-        parts: dict[str, dict[str, str]] = {}
-        for name, digest in self.tensor_digests.items():
-            parts.setdefault(component_of(name), {})[name] = digest
-        identity = self.architecture.identity()
-        return {name: digests.of_component(name, identity, tensors) for name, tensors in sorted(parts.items())}
+        return component_digests(self.architecture, self.tensor_digests)
 
     @property
     def trunk_digest(self) -> str:
@@ -99,7 +103,17 @@ class Checkpoint:
     def layer(self, index: int) -> dict[str, torch.Tensor]:
         """Return one block's tensors, by their names within the block."""
         prefix = _LAYER.format(index)
-        return {name.removeprefix(prefix): t for name, t in self.tensors.items() if name.startswith(prefix)}
+        # By name, and not over the items: that would read every tensor of the model.
+        return {name.removeprefix(prefix): self.tensors[name] for name in self.tensors if name.startswith(prefix)}
+
+
+def component_digests(architecture: Architecture, tensor_digests: Mapping[str, str]) -> dict[str, str]:
+    """Fold tensors' digests by name into each component's."""
+    parts: dict[str, dict[str, str]] = {}
+    for name, digest in tensor_digests.items():
+        parts.setdefault(component_of(name), {})[name] = digest
+    identity = architecture.identity()
+    return {name: digests.of_component(name, identity, tensors) for name, tensors in sorted(parts.items())}
 
 
 def canonical(architecture: Architecture, tensors: Mapping[str, torch.Tensor], origin: str) -> Checkpoint:

@@ -3,6 +3,11 @@
 The safetensors files are written here, not by a library: a model version's pointer is the hash of these bytes, so they
 may not change with a library's release. Format: https://huggingface.co/docs/safetensors (8 bytes of header length, a
 JSON header padded with spaces to 8 bytes, the tensors back to back). Any reader of safetensors opens them.
+
+``digests.json`` is ours, and other readers pass over it: each tensor's digest by its name, so that `mapped.open_mapped`
+can hold a version's tensors to its record one at a time. ::
+
+    {"schema": 1, "tensors": {NAME: DIGEST, ...}}
 """
 
 from __future__ import annotations
@@ -21,6 +26,8 @@ from proteus_pipeline.stores.files import atomic_path, write_atomic
 if TYPE_CHECKING:
     import torch
 
+DIGESTS = "digests.json"
+DIGESTS_SCHEMA = 1
 _BLOCK = re.compile(r"esm\.encoder\.layer\.(\d+)\.")
 _HF_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 
@@ -56,6 +63,7 @@ def write_folder(checkpoint: Checkpoint, folder: Path) -> None:
     weight_map = {name: shard for shard, tensors in sorted(shards.items()) for name in tensors}
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     write_atomic(folder / INDEX, _json(index))
+    write_atomic(folder / DIGESTS, _json({"schema": DIGESTS_SCHEMA, "tensors": checkpoint.tensor_digests}))
     write_atomic(folder / "config.json", _json(_config(checkpoint)))
     write_atomic(folder / "vocab.txt", "".join(f"{token}\n" for token in checkpoint.architecture.tokens).encode())
 

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import torch
 
 INDEX = "model.safetensors.index.json"
+_SAFETENSORS = "model.safetensors"
+_PICKLE = "pytorch_model.bin"
 _GIVE = "give a fair-esm .pt, or a Hugging Face folder, .safetensors or .bin with config.json beside it"
 
 # fair-esm 2.0.0's names within one block, and Hugging Face's.
@@ -50,17 +52,61 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
     """
     if path.is_dir():
-        return read_folder(
-            {p.relative_to(path).as_posix(): p for p in sorted(path.rglob("*")) if p.is_file()}, str(path)
-        )
-    if not path.exists():
+        files = {p.relative_to(path).as_posix(): p for p in sorted(path.rglob("*")) if p.is_file()}
+    elif not path.exists():
         raise StorageError(f"{path} does not exist", _GIVE)
-    if path.suffix == ".pt":
-        return _read_fair_esm(path)
-    siblings = {p.name: p for p in sorted(path.parent.iterdir()) if p.is_file() and p.suffix in {".json", ".txt"}}
-    siblings.pop(INDEX, None)
-    weights = "model.safetensors" if path.suffix == ".safetensors" else "pytorch_model.bin"
-    return read_folder({**siblings, weights: path}, str(path))
+    elif path.suffix == ".pt":
+        beside = path.with_name(regression_of(path.name))
+        files = {p.name: p for p in (path, beside) if p.exists()}
+    else:
+        files = {p.name: p for p in sorted(path.parent.iterdir()) if p.is_file() and p.suffix in {".json", ".txt"}}
+        files.pop(INDEX, None)
+        files[_SAFETENSORS if path.suffix == ".safetensors" else _PICKLE] = path
+    return read_files(files, str(path))
+
+
+def read_files(files: Mapping[str, Path], origin: str) -> Checkpoint:
+    """Read a checkpoint from its files' places by their names.
+
+    The names say what the files are, and the places need not: in DVC's cache a file is called by its hash, without a
+    suffix.
+
+    Parameters
+    ----------
+    files
+        Those of a Hugging Face folder; or a fair-esm ``NAME.pt``, with ``NAME-contact-regression.pt`` where there is
+        one; or one ``.safetensors`` or ``.bin`` of any name, with its config.json.
+    origin
+        What to call them in an error.
+
+    Raises
+    ------
+    ModelError
+        When they are no ESM-2 checkpoint, or not of one, or ask to run code.
+
+    """
+    if not files.keys() & {INDEX, _SAFETENSORS, _PICKLE}:
+        top = sorted(name for name in files if "/" not in name)
+        regressions = {regression_of(name) for name in top}
+        official = [name for name in top if name.endswith(".pt") and name not in regressions]
+        single = [name for name in top if name.endswith((".safetensors", ".bin"))]
+        if len(official) + len(single) > 1:
+            raise ModelError(f"{origin} holds several models' weights ({', '.join(official + single)})", "name one")
+        if official:
+            return _read_fair_esm(files[official[0]], files.get(regression_of(official[0])), origin)
+        if single:
+            name = _PICKLE if single[0].endswith(".bin") else _SAFETENSORS
+            return read_folder({**files, name: files[single[0]]}, origin)
+    return read_folder(files, origin)
+
+
+def regression_of(name: str) -> str:
+    """Return the name under which fair-esm keeps the contact regression of ``NAME.pt``.
+
+    >>> regression_of("esm2_t6_8M_UR50D.pt")
+    'esm2_t6_8M_UR50D-contact-regression.pt'
+    """
+    return f"{name.removesuffix('.pt')}-contact-regression.pt"
 
 
 def read_folder(files: Mapping[str, Path], origin: str) -> Checkpoint:
@@ -68,34 +114,42 @@ def read_folder(files: Mapping[str, Path], origin: str) -> Checkpoint:
 
     The files need not lie together: a version's lie in the DVC cache, under their content's names.
     """
-    if "config.json" not in files:
-        raise ModelError(f"{origin} has no config.json", _GIVE)
-    architecture = _hf_architecture(_read_json(files["config.json"]), files.get("vocab.txt"), origin)
+    architecture = read_architecture(files, origin)
     if INDEX in files:
-        weight_map = _read_json(files[INDEX]).get("weight_map")
-        if (
-            not isinstance(weight_map, dict)
-            or not weight_map
-            or not all(isinstance(s, str) for s in weight_map.values())
-        ):
-            raise ModelError(f"{origin}: {INDEX} has no weight_map", _GIVE)
+        names = read_weight_map(files, origin)
         tensors: dict[str, torch.Tensor] = {}
-        for shard in sorted(set(weight_map.values())):
-            if shard not in files:
-                raise ModelError(f"{origin}: {INDEX} names {shard}, which is not there", "fetch the missing shard")
+        for shard in sorted(set(names.values())):
             tensors |= _read_safetensors(files[shard])
-        if lost := sorted(weight_map.keys() - tensors.keys()):
+        if lost := sorted(names.keys() - tensors.keys()):
             raise ModelError(f"{origin}: {lost[0]} is not in the shard {INDEX} names", "fetch the folder again")
-    elif "model.safetensors" in files:
-        tensors = _read_safetensors(files["model.safetensors"])
-    elif "pytorch_model.bin" in files:
-        tensors = _tensors(_read_pickle(files["pytorch_model.bin"]), files["pytorch_model.bin"])
+    elif _SAFETENSORS in files:
+        tensors = _read_safetensors(files[_SAFETENSORS])
+    elif _PICKLE in files:
+        tensors = _tensors(_read_pickle(files[_PICKLE]), files[_PICKLE])
     else:
-        raise ModelError(f"{origin} has no model.safetensors, {INDEX} or pytorch_model.bin", _GIVE)
+        raise ModelError(f"{origin} has no {_SAFETENSORS}, {INDEX} or {_PICKLE}", _GIVE)
     return canonical(architecture, tensors, origin)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_weight_map(files: Mapping[str, Path], origin: str) -> dict[str, str]:
+    """Return the shard of each tensor by its name, as the index of a folder says; every shard is one of `files`."""
+    names = read_json(files[INDEX]).get("weight_map")
+    if not isinstance(names, dict) or not names or not all(isinstance(s, str) for s in names.values()):
+        raise ModelError(f"{origin}: {INDEX} has no weight_map", _GIVE)
+    for shard in sorted(set(names.values())):
+        if shard not in files:
+            raise ModelError(f"{origin}: {INDEX} names {shard}, which is not there", "fetch the missing shard")
+    return names
+
+
+def read_architecture(files: Mapping[str, Path], origin: str) -> Architecture:
+    """Read the architecture of a folder in Hugging Face's layout, from its config.json and vocab.txt."""
+    if "config.json" not in files:
+        raise ModelError(f"{origin} has no config.json", _GIVE)
+    return _hf_architecture(read_json(files["config.json"]), files.get("vocab.txt"), origin)
+
+
+def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -189,7 +243,7 @@ def _tensors(value: Any, path: Path) -> dict[str, torch.Tensor]:
     return {str(name): t for name, t in value.items() if isinstance(t, torch.Tensor)}
 
 
-def _read_fair_esm(path: Path) -> Checkpoint:
+def _read_fair_esm(path: Path, regression: Path | None, origin: str) -> Checkpoint:
     data = _read_pickle(path)
     if not (isinstance(data, dict) and isinstance(data.get("model"), dict) and isinstance(data.get("cfg"), dict)):
         raise ModelError(f"{path} is no ESM-2 checkpoint of fair-esm (a dict with 'model' and 'cfg')", _GIVE)
@@ -200,13 +254,12 @@ def _read_fair_esm(path: Path) -> Checkpoint:
     except (AttributeError, TypeError, ValueError) as error:
         raise ModelError(f"{path}: its cfg is not an ESM-2's ({error})", _GIVE) from error
     tensors = _tensors(data["model"], path)
-    regression = path.with_name(f"{path.stem}-contact-regression.pt")
-    if regression.exists():
+    if regression is not None:
         contacts = _read_pickle(regression)
         tensors |= _tensors(contacts.get("model") if isinstance(contacts, dict) else contacts, regression)
     # fair-esm fixes these: ffn 4 x width, layer norm eps 1e-5, the ESM-1b alphabet (esm/model/esm2.py).
     architecture = Architecture(layers, width, heads, 4 * width, token_dropout=token_dropout)
-    return canonical(architecture, {fair_esm_to_hf(name): t for name, t in tensors.items()}, str(path))
+    return canonical(architecture, {fair_esm_to_hf(name): t for name, t in tensors.items()}, origin)
 
 
 def fair_esm_to_hf(name: str) -> str:

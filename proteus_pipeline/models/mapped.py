@@ -1,0 +1,141 @@
+"""A version's tensors, memory-mapped from their shards, and each checked the first time it is touched.
+
+The chain of trust is: the tag's record -> a component's digest -> its tensors' digests (digests.json) -> a tensor's
+bytes. Opening follows it down to the tensors' digests, and reads a few kilobytes however large the model is; touching a
+tensor follows it to the end. So nothing is served that the record does not vouch for, and nothing is read in vain.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from proteus_pipeline.errors import IntegrityError
+from proteus_pipeline.identity import digests
+from proteus_pipeline.models.checkpoint import Checkpoint, KnownTensors, component_digests, dtype_name, tensor_bytes
+from proteus_pipeline.models.folder import DIGESTS, DIGESTS_SCHEMA
+from proteus_pipeline.models.reading import INDEX, read_architecture, read_folder, read_json, read_weight_map
+
+if TYPE_CHECKING:
+    import torch
+
+_DIGEST = re.compile(r"[0-9a-f]{32}")
+# What a reader of well-formed files raises on bytes that have changed since: a wrong value, type, key or size.
+_UNREADABLE = (ValueError, ArithmeticError, KeyError, TypeError)
+
+
+def open_mapped(files: Mapping[str, Path], components: Mapping[str, str], origin: str, remedy: str) -> Checkpoint:
+    """Open a canonical folder without reading its tensors; each is read, and checked, when it is first touched.
+
+    A folder that has no digests.json, an older one or another program's, is read whole and checked at once.
+
+    Parameters
+    ----------
+    files
+        The folder's files' places by their names in it.
+    components
+        Each component's digest by its name, from the version's record: what everything here is held to.
+    origin
+        What to call the folder in an error.
+    remedy
+        What to do when it is damaged.
+
+    Raises
+    ------
+    IntegrityError
+        When the folder is not what `components` say; later, from a touch, when a tensor is not.
+
+    """
+    try:
+        if DIGESTS not in files:
+            checkpoint = read_folder(files, origin)
+        else:
+            architecture = read_architecture(files, origin)
+            known, shards = _read_digests(files[DIGESTS]), read_weight_map(files, origin)
+            checkpoint = Checkpoint(architecture, MappedTensors(files, shards, known, origin, remedy))
+            if odd := sorted(shards.keys() ^ known.keys()):
+                raise ValueError(f"{odd[0]} is in one of {INDEX} and {DIGESTS} only")
+        found = component_digests(checkpoint.architecture, checkpoint.tensor_digests)
+    except _UNREADABLE as error:
+        raise IntegrityError(f"{origin} is damaged ({_line(error)})", remedy) from error
+    if found != dict(components):
+        changed = sorted(name for name in found.keys() | components.keys() if found.get(name) != components.get(name))
+        raise IntegrityError(f"{origin} is damaged ({', '.join(changed)})", remedy)
+    return checkpoint
+
+
+class MappedTensors(KnownTensors):
+    """Tensors in the shards of a folder, by canonical name.
+
+    Nothing locks: two threads that touch one tensor at once may both check it, and both get the one that was kept
+    first.
+    """
+
+    def __init__(
+        self, files: Mapping[str, Path], shards: Mapping[str, str], known: dict[str, str], origin: str, remedy: str
+    ) -> None:
+        self.digests = known
+        self._files, self._shards = files, shards
+        self._origin, self._remedy = origin, remedy
+        self._open: dict[str, tuple[Any, int]] = {}
+        self._checked: dict[str, torch.Tensor] = {}
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        tensor = self._checked.get(name)
+        if tensor is not None:
+            return tensor
+        expected = self.digests[name]
+        try:
+            tensor = self._map(name)
+            found = digests.of_tensor(dtype_name(tensor), tuple(tensor.shape), tensor_bytes(tensor))
+        except Exception as error:  # a changed header fails in any way that its reader can
+            raise self._damaged(name, _line(error)) from error
+        if found != expected:
+            raise self._damaged(name, f"its digest is {found}, recorded {expected}")
+        return self._checked.setdefault(name, tensor)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.digests  # Mapping's own would read the tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.digests)
+
+    def __len__(self) -> int:
+        return len(self.digests)
+
+    def _map(self, name: str) -> torch.Tensor:
+        from safetensors import safe_open
+
+        shard = self._shards[name]
+        path = self._files[shard]
+        if shard not in self._open:
+            size = path.stat().st_size
+            self._open[shard] = (safe_open(path, framework="pt"), size)
+        file, size = self._open[shard]
+        # A page beyond the end of a file that was cut while it was mapped would end the process.
+        if path.stat().st_size != size:
+            raise ValueError(f"{path} is no longer the file that was opened")
+        tensor: torch.Tensor = file.get_tensor(name)
+        return tensor
+
+    def _damaged(self, name: str, reason: str) -> IntegrityError:
+        shard = self._shards[name]
+        self._open.pop(shard, None)  # so that the next touch finds a shard that was mended meanwhile
+        return IntegrityError(f"{self._origin} is damaged ({name} in {shard}: {reason})", self._remedy)
+
+
+def _read_digests(path: Path) -> dict[str, str]:
+    value = read_json(path)
+    if value.get("schema") != DIGESTS_SCHEMA:
+        raise ValueError(f"{DIGESTS} is of schema {value.get('schema')!r}, and this proteus reads {DIGESTS_SCHEMA}")
+    tensors = value.get("tensors")
+    if not isinstance(tensors, dict) or not all(isinstance(d, str) and _DIGEST.fullmatch(d) for d in tensors.values()):
+        raise ValueError(f"{DIGESTS} has no tensors' digests")
+    return dict(sorted(tensors.items()))
+
+
+def _line(error: Exception) -> str:
+    what = getattr(error, "what", None) or getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(str(what).split())[:200]
