@@ -6,9 +6,11 @@
     ├── ConfigError             (ValueError)    exit 2   a setting is unknown, missing, or of the wrong type
     ├── SequenceError           (ValueError)    exit 1   a FASTA file, a sequence, or labels can't be used as they are
     ├── ModelError              (ValueError)    exit 1   weights that are no model this package knows
+    ├── MetadataError           (ValueError)    exit 2   metadata that is not as its schema asks
     ├── InvalidVersionError     (ValueError)    exit 2   a model name, version or reference that breaks the grammar
     ├── VersionNotFoundError    (LookupError)   exit 1   no such model or version
     ├── VersionConflictError    (ValueError)    exit 5   a version that exists with other weights or metadata
+    ├── CompatibilityError      (ValueError)    exit 3   a version's number promises more than its measured drift keeps
     ├── StaleLockError          (RuntimeError)  exit 3   models.lock does not say what the run would use
     ├── StorageError            (OSError)       exit 1   bytes could not be read, fetched or written
     │   └── IntegrityError                      exit 4   bytes are there, and are not what their digest says
@@ -62,6 +64,12 @@ class ModelError(ProteusError, ValueError):
     """Weights that are no model this package knows how to run."""
 
 
+class MetadataError(ProteusError, ValueError):
+    """Metadata that is not as its schema asks."""
+
+    exit_code = 2
+
+
 class InvalidVersionError(ProteusError, ValueError):
     """A model name, version or reference that breaks the grammar."""
 
@@ -76,6 +84,12 @@ class VersionConflictError(ProteusError, ValueError):
     """A version exists already, with other weights or other metadata."""
 
     exit_code = 5
+
+
+class CompatibilityError(ProteusError, ValueError):
+    """A version's number promises more than its measured drift keeps."""
+
+    exit_code = 3
 
 
 class StaleLockError(ProteusError, RuntimeError):
