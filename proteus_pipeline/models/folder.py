@@ -20,14 +20,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from proteus_pipeline.models.checkpoint import Checkpoint, component_of, dtype_name, tensor_bytes
-from proteus_pipeline.models.reading import INDEX
+from proteus_pipeline.models.reading import DIGESTS, DIGESTS_SCHEMA, INDEX
 from proteus_pipeline.stores.files import atomic_path, write_atomic
 
 if TYPE_CHECKING:
     import torch
 
-DIGESTS = "digests.json"
-DIGESTS_SCHEMA = 1
 _BLOCK = re.compile(r"esm\.encoder\.layer\.(\d+)\.")
 _HF_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 

@@ -15,8 +15,15 @@ from typing import TYPE_CHECKING, Any
 from proteus_pipeline.errors import IntegrityError
 from proteus_pipeline.identity import digests
 from proteus_pipeline.models.checkpoint import Checkpoint, KnownTensors, component_digests, dtype_name, tensor_bytes
-from proteus_pipeline.models.folder import DIGESTS, DIGESTS_SCHEMA
-from proteus_pipeline.models.reading import INDEX, read_architecture, read_folder, read_json, read_weight_map
+from proteus_pipeline.models.reading import (
+    DIGESTS,
+    DIGESTS_SCHEMA,
+    INDEX,
+    read_architecture,
+    read_folder,
+    read_json,
+    read_weight_map,
+)
 
 if TYPE_CHECKING:
     import torch

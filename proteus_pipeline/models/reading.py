@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import torch
 
 INDEX = "model.safetensors.index.json"
+DIGESTS = "digests.json"
+DIGESTS_SCHEMA = 1
 _SAFETENSORS = "model.safetensors"
 _PICKLE = "pytorch_model.bin"
 _GIVE = "give a fair-esm .pt, or a Hugging Face folder, .safetensors or .bin with config.json beside it"

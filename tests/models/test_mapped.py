@@ -24,9 +24,9 @@ from proteus_pipeline.models import mapped
 from proteus_pipeline.models.checkpoint import EMBEDDING, Checkpoint, canonical, component_digests
 from proteus_pipeline.models.encoder import Esm2Encoder
 from proteus_pipeline.models.fair_esm import to_fair_esm
-from proteus_pipeline.models.folder import DIGESTS, write_folder
+from proteus_pipeline.models.folder import write_folder
 from proteus_pipeline.models.mapped import open_mapped
-from proteus_pipeline.models.reading import INDEX, read_checkpoint
+from proteus_pipeline.models.reading import DIGESTS, INDEX, read_checkpoint
 
 QUERY = "esm.encoder.layer.1.attention.self.query.weight"
 SHARD = "model-layer-1.safetensors"

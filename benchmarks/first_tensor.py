@@ -1,0 +1,116 @@
+"""How long from a version's name to its first tensor, and in how much memory, against torch.load of the same tensors?
+
+A checkpoint of the 650M's shape with random weights is registered in a home of its own, and saved as one .pt; both in a
+temporary folder, which takes 8 GB. Each measurement is a process of its own, after ``import torch`` and with the files in
+the page cache: torch.load (weights_only, whole, its default) to one tensor; ModelVersionManager.get_version to the same
+tensor, checked against the version's record. The import of this package is timed by itself. Memory is the peak of the
+second before a tensor is touched, that import included, above a process that only imported torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from proteus_pipeline.models.checkpoint import Checkpoint
+
+ROUNDS = 5
+LAYERS, WIDTH, HEADS = 33, 1280, 20
+TENSOR = f"esm.encoder.layer.{LAYERS // 2}.output.dense.weight"
+# Of this program alone: ru_maxrss would hold the peak of the process that started it too.
+PEAK = 'next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))'
+PROGRAM = f"""
+import json, sys, time, torch
+place, name = sys.argv[1:]
+peak, began = {PEAK}, time.perf_counter()
+IMPORT
+imported = time.perf_counter()
+tensors = OPEN
+opened = {PEAK}
+tensor = tensors[name]
+print(json.dumps([time.perf_counter() - imported, imported - began, opened - peak, float(tensor[0, 0])]))
+"""
+LOAD = PROGRAM.replace("IMPORT", "").replace("OPEN", 'torch.load(place, weights_only=True)["model"]')
+OURS = PROGRAM.replace("IMPORT", "from proteus_pipeline import ModelVersionManager").replace(
+    "OPEN", 'ModelVersionManager(place).get_version("random", "1.0.0").checkpoint.tensors'
+)
+
+
+@dataclass(frozen=True)
+class Random:
+    """A model to register."""
+
+    name: str
+    checkpoint: Checkpoint
+    source: dict[str, str]
+
+
+def build(folder: Path) -> None:
+    """Write the checkpoint's two forms: the registry ``home``, and ``model.pt``."""
+    import torch
+
+    from proteus_pipeline import ModelVersionManager
+    from proteus_pipeline.models.architecture import Architecture
+    from proteus_pipeline.models.checkpoint import Checkpoint, trunk_shapes
+
+    architecture = Architecture(LAYERS, WIDTH, HEADS, 4 * WIDTH)
+    generator = torch.Generator().manual_seed(0)
+    tensors = {n: torch.rand(shape, generator=generator) for n, shape in trunk_shapes(architecture).items()}
+    model = Random("random", Checkpoint(architecture, tensors), {})
+    ModelVersionManager(folder / "home").register_version(model, "1.0.0")
+    torch.save({"model": tensors}, folder / "model.pt")
+    print(f"{sum(t.nbytes for t in tensors.values()) / 1e9:.2f} GB in {len(tensors)} tensors")
+
+
+class Run(NamedTuple):
+    """One process: seconds to the tensor and for imports before it, KiB of memory, and the tensor's first value."""
+
+    seconds: float
+    imports: float
+    memory: int
+    value: float
+
+
+def measure(program: str, place: Path) -> Run:
+    command = [sys.executable, "-c", program, str(place), TENSOR]
+    # Compiled once, as an installed package is, also where the environment says that nothing compiled is kept.
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+    environment["PYTHONPYCACHEPREFIX"] = str(place.with_name("compiled"))
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    return Run(*json.loads(done.stdout))
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory(prefix="first-tensor-") as folder:
+        # In a process of its own: its memory would be counted as its children's otherwise.
+        subprocess.run([sys.executable, __file__, folder], check=True)
+        loads, ours = [], []
+        for round_ in range(ROUNDS + 1):
+            load, our = measure(LOAD, Path(folder, "model.pt")), measure(OURS, Path(folder, "home"))
+            if load.value != our.value:
+                raise SystemExit(f"{TENSOR} differs")
+            if round_:  # the first brings the files into the page cache
+                loads.append(load)
+                ours.append(our)
+    ratios = [our.seconds / load.seconds for load, our in zip(loads, ours, strict=True)]
+    theirs, mine = (statistics.median(run.seconds for run in side) for side in (loads, ours))
+    imports = statistics.median(run.imports for run in ours)
+    print(f"torch.load {theirs:.2f} s, a version {mine:.3f} s to {TENSOR}, medians of {ROUNDS}")
+    print(f"ratio 1/{1 / statistics.median(ratios):.0f} (from 1/{1 / min(ratios):.0f} to 1/{1 / max(ratios):.0f})")
+    print(f"importing the package {imports:.3f} s; with it 1/{theirs / (mine + imports):.0f}")
+    print(f"memory before a tensor is touched: {max(our.memory for our in ours) / 1024:.0f} MiB above torch's own")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        build(Path(sys.argv[1]))
+    else:
+        main()
