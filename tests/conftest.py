@@ -29,6 +29,9 @@ def isolated(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monke
         "DVC_SYSTEM_CONFIG_DIR",
         "PROTEUS_HOME",
         "XDG_CONFIG_HOME",
+        "XDG_CACHE_HOME",
+        "TORCH_HOME",
+        "PROTEUS_FAIR_ESM_URL",
     )
     for name in (*gone, "XDG_CONFIG_DIRS", "GIT_DIR", "GIT_INDEX_FILE"):
         monkeypatch.delenv(name, raising=False)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from proteus_pipeline.models.checkpoint import Checkpoint, component_of, dtype_name
 from proteus_pipeline.registry.records import VersionRecord
+from proteus_pipeline.registry.version import ModelVersion
 
 if TYPE_CHECKING:
     import torch
@@ -105,6 +106,44 @@ class TensorChange:
     relative: float | None = None
     old_not_finite: int = 0
     new_not_finite: int = 0
+
+
+@dataclass(frozen=True)
+class VersionDifference:
+    """What differs between two versions; ``dataclasses.asdict`` gives plain JSON.
+
+    Attributes
+    ----------
+    old, new
+        Their references.
+    records
+        None where one of them has no record.
+    tensors
+        By name; empty where all are equal.
+
+    """
+
+    old: str
+    new: str
+    records: RecordDifference | None
+    tensors: list[TensorChange]
+
+    @property
+    def empty(self) -> bool:
+        return not self.tensors and (self.records is None or self.records.empty)
+
+
+def compare_versions(old: ModelVersion, new: ModelVersion) -> VersionDifference:
+    """Compare two versions; of their tensors, only those that differ are read.
+
+    Raises
+    ------
+    StorageError, IntegrityError
+        As `ModelVersion.checkpoint`.
+
+    """
+    records = compare_records(old.record, new.record) if old.record and new.record else None
+    return VersionDifference(old.reference, new.reference, records, compare_tensors(old.checkpoint, new.checkpoint))
 
 
 def compare_records(old: VersionRecord, new: VersionRecord) -> RecordDifference:

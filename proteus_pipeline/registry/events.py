@@ -4,6 +4,7 @@
 tag (GTO's grammar)       event
 ========================= ======================================================================
 ``NAME@v1.2.3``           registered
+``NAME@v1.2.3#N``         restored, or, with a version's record, adopted: a tag of somebody else's given its record
 ``NAME@v1.2.3!``          deleted; ``NAME@v1.2.3!#N`` where it was deleted before
 ``NAME#current#N``        the version at the tag's commit became current (a rollback, or forward again)
 ========================= ======================================================================
@@ -15,13 +16,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import semver
 
 from proteus_pipeline.errors import IntegrityError
 from proteus_pipeline.identity.names import Version
-from proteus_pipeline.registry.records import VersionRecord
+from proteus_pipeline.registry.records import EventRecord, VersionRecord
 
 _TAG = re.compile(
     r"(?P<name>[A-Za-z0-9](?:[A-Za-z0-9/_-]*[A-Za-z0-9])?)"
@@ -36,19 +37,23 @@ class Event:
     Attributes
     ----------
     kind
-        ``registered``, ``deleted``, or ``made current``.
+        ``registered``, ``adopted``, ``deleted``, ``restored``, or ``made current``.
     version
-        The version it is about; None for ``made current``, where the commit says it.
+        The version it is about; None for a ``made current`` of gto's, where the commit says it.
     commit
         The commit the tag points to.
+    oid
+        The tag's own object.
     sequence
         From the tag's record or counter; None where a tag carries neither.
     time
         Seconds since 1970.
     record
-        For a registration by this package.
+        For a registration by this package, or an adoption.
+    told
+        For the other kinds: what this package wrote of it.
     damage
-        Why a registration's record can't be read; the version counts all the same, and nothing stands in for it.
+        Why the record can't be read; the event counts all the same, and nothing stands in for what it said.
 
     """
 
@@ -62,6 +67,13 @@ class Event:
     sequence: int | None = None
     record: VersionRecord | None = None
     damage: IntegrityError | None = None
+    oid: str = ""
+    told: EventRecord | None = None
+
+    @property
+    def reason(self) -> str:
+        """Why, in its author's words."""
+        return self.record.reason if self.record else self.told.reason if self.told else ""
 
 
 @dataclass(frozen=True)
@@ -71,9 +83,14 @@ class History:
     Attributes
     ----------
     live
-        Registered and not deleted, by version, in SemVer order.
+        Registered and not deleted, by version, in SemVer order; each the event of its registration, with the record of
+        its adoption where it has none of its own.
+    known
+        All that were ever registered, in the same way.
     current
         The version that ``NAME`` and ``NAME@current`` mean, or None.
+    currents
+        What was current after each event.
 
     """
 
@@ -81,6 +98,24 @@ class History:
     events: tuple[Event, ...]
     live: dict[str, Event]
     current: str | None
+    known: dict[str, Event] = field(default_factory=dict)
+    currents: tuple[str | None, ...] = ()
+
+    def current_at(self, time: int) -> str | None:
+        """Return the version that was current at a time, in seconds since 1970; None before there was any."""
+        # By the tags' times, of which later events may have earlier ones: two clocks differ.
+        reached = [current for event, current in zip(self.events, self.currents, strict=True) if event.time <= time]
+        return reached[-1] if reached else None
+
+    def predecessor(self, number: str | None) -> str | None:
+        """Return the live version that a number follows, or the greatest there is: to it a SemVer step is promised."""
+        return greatest(v for v in self.live if number is None or Version(v) < Version(number))
+
+    @property
+    def next_sequence(self) -> int:
+        """The number of the next event."""
+        # A damaged record's number is not known: one is left free for each.
+        return 1 + max((e.sequence or 0 for e in self.events), default=0) + sum(1 for e in self.events if e.damage)
 
 
 def parse_tag(tag: str) -> tuple[str, str, str | None, int | None] | None:
@@ -106,28 +141,50 @@ def fold(name: str, events: Iterable[Event]) -> History:
     itself; deleting the current version leaves the greatest live release.
     """
     ordered = _in_order(list(events))
+    known: dict[str, Event] = {}
     live: dict[str, Event] = {}
     current: str | None = None
+    currents = []
     for event in ordered:
-        if event.kind == "registered" and event.version:
-            live.setdefault(event.version, event)
-            version = Version(event.version)
-            if current is None or (not version.semver.prerelease and _displaces(version, Version(current))):
-                current = event.version
+        if event.kind in {"registered", "restored"} and event.version:
+            known.setdefault(event.version, event)
+            if event.version not in live:
+                live[event.version] = known[event.version]
+                arrives = event.kind == "registered" and _displaces(event.version, current)
+                current = event.version if current is None or arrives else current
+        elif event.kind == "adopted" and event.version:
+            _adopt(event, event.version, known, live)
         elif event.kind == "deleted" and event.version:
             live.pop(event.version, None)
             if current == event.version:
                 current = greatest(live)
-        else:
-            at = [v for v, registered in live.items() if registered.commit == event.commit]
+        elif event.kind == "made current":
+            at = [v for v, r in live.items() if (event.version == v if event.version else r.commit == event.commit)]
             current = at[0] if at else current
-    by_version = dict(sorted(live.items(), key=lambda item: Version(item[0])))
-    return History(name, tuple(ordered), by_version, current)
+        currents.append(current)
+    return History(name, tuple(ordered), _sorted(live), current, _sorted(known), tuple(currents))
 
 
-def _displaces(release: Version, current: Version) -> bool:
-    """Say whether a new release becomes current: it is greater, or what is current was never released."""
-    return bool(current.semver.prerelease) or release > current
+def _sorted(by_version: dict[str, Event]) -> dict[str, Event]:
+    return dict(sorted(by_version.items(), key=lambda item: Version(item[0])))
+
+
+def _adopt(adoption: Event, version: str, known: dict[str, Event], live: dict[str, Event]) -> None:
+    """Give a registration that has no readable record the adoption's, if it is of the same commit."""
+    registered = known.get(version)
+    if registered is None or registered.record is not None or registered.commit != adoption.commit:
+        return
+    known[version] = replace(registered, record=adoption.record, damage=adoption.damage)
+    if version in live:
+        live[version] = known[version]
+
+
+def _displaces(version: str, current: str | None) -> bool:
+    """Say whether a new version becomes current: a release that is greater, or after what was never released."""
+    new = Version(version)
+    if current is None or new.semver.prerelease:
+        return current is None
+    return bool(Version(current).semver.prerelease) or new > Version(current)
 
 
 def greatest(versions: Iterable[str]) -> str | None:
@@ -145,7 +202,7 @@ def _in_order(events: list[Event]) -> list[Event]:
     numbered = [e for e in events if e.sequence is not None]
     registered: dict[str | None, int] = {}
     for event in events:
-        if event.kind == "registered":
+        if event.kind in {"registered", "restored"}:
             registered[event.version] = min(event.time, registered.get(event.version, event.time))
 
     def place(event: Event) -> tuple[float, int, str]:

@@ -6,34 +6,19 @@ start faster than any binding imports.
 
 from __future__ import annotations
 
-import os
 import secrets
 import subprocess
+import threading
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from proteus_pipeline.errors import StorageError
+from proteus_pipeline.registry.environment import git_environment
 
+TEMPORARY_INDEX = "proteus-index-"
 FALLBACK_NAME = "proteus"
 FALLBACK_EMAIL = "proteus@localhost"
-# What says which repository git works on: a git hook's environment names the hook's own, not the one at our folder.
-_ELSEWHERE = frozenset(
-    f"GIT_{name}"
-    for name in (
-        "ALTERNATE_OBJECT_DIRECTORIES",
-        "COMMON_DIR",
-        "DIR",
-        "GRAFT_FILE",
-        "IMPLICIT_WORK_TREE",
-        "INDEX_FILE",
-        "NAMESPACE",
-        "OBJECT_DIRECTORY",
-        "PREFIX",
-        "REPLACE_REF_BASE",
-        "SHALLOW_FILE",
-        "WORK_TREE",
-    )
-)
 
 
 @dataclass(frozen=True)
@@ -43,6 +28,15 @@ class Identity:
     name: str
     email: str
     fallback: bool = False
+
+
+@dataclass(frozen=True)
+class GitObject:
+    """A blob, tree, commit or tag: its id and its bytes."""
+
+    oid: str
+    kind: str
+    data: bytes
 
 
 class GitError(StorageError):
@@ -61,6 +55,16 @@ class Git:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self._held = threading.local()
+
+    @property
+    def held(self) -> tuple[int, ...]:
+        """Descriptors that this thread's git processes inherit: a lock held through one lasts while any of them lives."""
+        return getattr(self._held, "descriptors", ())
+
+    @held.setter
+    def held(self, descriptors: tuple[int, ...]) -> None:
+        self._held.descriptors = descriptors
 
     @classmethod
     def find(cls, start: Path) -> Git:
@@ -87,7 +91,6 @@ class Git:
         self, *args: str, data: bytes | None = None, env: dict[str, str] | None = None, timeout_s: float | None = None
     ) -> bytes:
         """Run ``git ARGS`` and return the bytes it prints."""
-        inherited = {name: value for name, value in os.environ.items() if name not in _ELSEWHERE}
         try:
             done = subprocess.run(
                 ["git", "-C", str(self.root), *args],
@@ -95,8 +98,8 @@ class Git:
                 capture_output=True,
                 check=False,
                 timeout=timeout_s,
-                # Commands that may ask a remote must fail rather than wait for a password nobody types.
-                env={**inherited, "GIT_TERMINAL_PROMPT": "0", "LC_ALL": "C", **(env or {})},
+                pass_fds=self.held,
+                env={**git_environment(), **(env or {})},
             )
         except FileNotFoundError as error:
             raise StorageError("git is not installed, or the folder is gone", f"look at {self.root}") from error
@@ -116,17 +119,50 @@ class Git:
         except GitError:
             return None
 
+    def folder(self) -> Path:
+        """Return the repository's own folder, which its worktrees share."""
+        return Path(self.run("rev-parse", "--path-format=absolute", "--git-common-dir"))
+
     def head(self) -> str | None:
         """Return HEAD's commit id, or None before the first commit."""
         return self.try_run("rev-parse", "--verify", "--quiet", "HEAD^{commit}")
 
     def read(self, revision: str, path: str) -> str | None:
         """Return a file's text at a revision, or None when it is not there."""
-        try:
-            # cat-file prints the bytes as they are; run() takes one line end off, which is put back.
-            return self.run("cat-file", "blob", f"{revision}:{path}") + "\n"
-        except GitError:
-            return None
+        (found,) = self.read_objects([f"{revision}:{path}"])
+        return found.data.decode("utf-8", "replace") if found and found.kind == "blob" else None
+
+    def read_objects(self, names: Sequence[str]) -> list[GitObject | None]:
+        """Return objects by any name git knows them by, in one process; None for what is not there."""
+        if any("\n" in name for name in names):
+            raise GitError("git cat-file: a name holds a line end", "give another name")
+        printed = self.run_bytes("cat-file", "--batch", data="".join(f"{name}\n" for name in names).encode())
+        found: list[GitObject | None] = []
+        place = 0
+        for _ in names:
+            end = printed.index(b"\n", place)
+            words = printed[place:end].split(b" ")
+            place = end + 1
+            # "NAME missing" or "NAME ambiguous" otherwise; a name may hold spaces.
+            if len(words) != 3 or words[1] not in {b"blob", b"tree", b"commit", b"tag"}:
+                found.append(None)
+                continue
+            size = int(words[2])
+            found.append(GitObject(words[0].decode(), words[1].decode(), printed[place : place + size]))
+            place += size + 1
+        return found
+
+    def ids(self, names: Sequence[str]) -> list[str | None]:
+        """Return objects' ids by any name git knows them by, in one process, without reading them."""
+        lines = self.run("cat-file", "--batch-check", data="".join(f"{name}\n" for name in names)).split("\n")
+        words = [line.split(" ") for line in lines[: len(names)]]
+        return [w[0] if len(w) == 3 and w[2].isdecimal() else None for w in words]
+
+    def tree(self, oid: str) -> dict[str, str]:
+        """Return the ids of all files below a commit or tree, by their paths."""
+        entries = self.run("ls-tree", "-r", "-z", oid).split("\0")
+        split = (entry.partition("\t") for entry in entries if entry)
+        return {path: meta.split(" ")[2] for meta, _, path in split}
 
     def identity(self) -> Identity:
         """Return who commits here, or the fallback where git has no identity."""
@@ -145,32 +181,31 @@ class Git:
             for field, value in (("NAME", who.name), ("EMAIL", who.email))
         }
 
-    def commit_files(self, files: dict[str, str], message: str) -> str:
-        """Return a new commit, HEAD's child, with some files changed; branch, index and working tree stay as they are."""
-        head = self.head()
-        # Under the repository's own folder, so that a crash leaves nothing in the tree; one for each call, as two threads
-        # may register at once.
-        index = Path(self.run("rev-parse", "--absolute-git-dir")) / f"proteus-index-{secrets.token_hex(8)}"
+    def commit_files(self, files: Mapping[str, str], message: str, parent: str | None) -> str:
+        """Return a new commit, a child of `parent`, with some files changed; branch, index and tree stay as they are."""
+        # Under the repository's own folder, so that a crash leaves nothing in the tree.
+        index = self.folder() / f"{TEMPORARY_INDEX}{secrets.token_hex(8)}"
         env = {"GIT_INDEX_FILE": str(index)}
         try:
-            if head:
-                self.run("read-tree", head, env=env)
-            for path, text in sorted(files.items()):
-                blob = self.run("hash-object", "-w", "--stdin", data=text)
-                self.run("update-index", "--add", "--cacheinfo", f"100644,{blob},{path}", env=env)
+            if parent:
+                self.run("read-tree", parent, env=env)
+            self.stage_files(files, env=env)
             tree = self.run("write-tree", env=env)
         finally:
             index.unlink(missing_ok=True)
-        parents = ("-p", head) if head else ()
+        parents = ("-p", parent) if parent else ()
         return self.run("commit-tree", tree, *parents, data=message, env=self.identity_env())
 
-    def create_tag(self, name: str, commit: str, message: str) -> bool:
-        """Create an annotated tag; return False, and change nothing, when it exists."""
-        try:
-            # --cleanup=verbatim: a line of the record that begins with # is no comment.
-            self.run("tag", "-a", "--cleanup=verbatim", "-F", "-", name, commit, data=message, env=self.identity_env())
-        except GitError as error:
-            if "already exists" in error.what or "cannot lock ref" in error.what:
-                return False
-            raise
-        return True
+    def stage_files(self, files: Mapping[str, str], env: dict[str, str] | None = None) -> None:
+        """Put files' texts into the index, and nowhere else."""
+        lines = []
+        for path, text in sorted(files.items()):
+            blob = self.run("hash-object", "-w", "--stdin", data=text)
+            lines.append(f"100644 {blob}\t{path}\0")
+        self.run("update-index", "--add", "-z", "--index-info", data="".join(lines), env=env)
+
+    def make_tag(self, name: str, commit: str, message: str, time: int) -> str:
+        """Write an annotated tag's object, by whoever commits here at `time`, and return its id; no ref names it yet."""
+        who = self.identity()
+        header = f"object {commit}\ntype commit\ntag {name}\ntagger {who.name} <{who.email}> {time} +0000\n\n"
+        return self.run("mktag", data=header + message)

@@ -2,38 +2,28 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
+import secrets
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from proteus_pipeline.errors import StorageError
 from proteus_pipeline.registry.git import Git
-from proteus_pipeline.stores.files import write_atomic
+from proteus_pipeline.registry.places import DEFAULT_HOME, project_root
+from proteus_pipeline.stores.files import storage_error, write_atomic
 
-DEFAULT_HOME = "~/.proteus/versions"
+_YOUNG_S = 5.0
 _DVC_CONFIG = """\
 [core]
     analytics = false
     check_update = false
 """
-
-
-def project_root(start: Path | None = None) -> Path | None:
-    """Return the DVC project a command runs in, or None.
-
-    ``DVC_ROOT`` comes first: in the workspace of ``dvc exp run --temp`` or ``--queue`` it names the real repository,
-    which holds the tags, the weights and the cache that the workspace lacks.
-    """
-    if root := os.environ.get("DVC_ROOT"):
-        return Path(root)
-    here = (start or Path.cwd()).resolve()
-    return next((p for p in (here, *here.parents) if (p / ".dvc").is_dir() and (p / ".git").exists()), None)
-
-
-def registry_home(explicit: str | None = None) -> Path:
-    """Return the registry to use: as given, else the project, else ``PROTEUS_HOME``, else ``~/.proteus/versions``."""
-    if explicit:
-        return Path(explicit).expanduser()
-    return project_root() or Path(os.environ.get("PROTEUS_HOME") or DEFAULT_HOME).expanduser()
 
 
 def find_home(path: Path) -> Git | None:
@@ -62,18 +52,100 @@ def open_home(path: Path) -> Git:
     if found := find_home(path):
         return found
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Made beside its place and renamed: a home is whole or absent, and of two that are made at once one stays.
+        made = path.with_name(f".{path.name}-{secrets.token_hex(8)}")
+        made.mkdir()
+        try:
+            _make_home(Git(made))
+            made.rename(path)
+        except OSError as error:
+            if isinstance(error, StorageError) or error.errno not in {errno.ENOTEMPTY, errno.EEXIST}:
+                raise
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
     except OSError as error:
+        if isinstance(error, StorageError):
+            raise
         raise StorageError(f"{path} can't be created ({error.strerror})", "name another home") from error
-    git = Git(path)
+    return Git.find(path)
+
+
+def _make_home(git: Git) -> None:
     git.run("init", "--quiet")
     files = {
         ".dvc/config": _DVC_CONFIG,
         ".dvc/.gitignore": "/config.local\n/tmp\n/cache\n",
+        ".dvcignore": ".proteus\n",
         ".gitignore": "/.proteus/\n",
     }
     for name, text in files.items():
-        write_atomic(path / name, text.encode())
+        write_atomic(git.root / name, text.encode())
     git.run("add", *files)
     git.run("commit", "--quiet", "-m", "A home for model versions", env=git.identity_env())
-    return git
+
+
+def private_folder(root: Path) -> Path:
+    """Return .proteus/ under `root`, made when it is not there; it keeps itself out of git.
+
+    Raises
+    ------
+    StorageError
+        When it can't be made.
+
+    """
+    folder = root / ".proteus"
+    ignore = folder / ".gitignore"
+    if not ignore.exists():
+        write_atomic(ignore, b"*\n")
+    return folder
+
+
+@contextmanager
+def scratch_folder(root: Path, purpose: str) -> Iterator[Path]:
+    """Yield a new folder under .proteus/, removed afterwards; and remove those of processes that were killed.
+
+    Each is locked by its process, and the kernel lets go of the lock when that ends, however it ends.
+
+    Raises
+    ------
+    StorageError
+        When it can't be made.
+
+    """
+    parent = private_folder(root) / "scratch"
+    try:
+        parent.mkdir(exist_ok=True)
+        _sweep(parent)
+        folder = Path(tempfile.mkdtemp(prefix=f"{purpose}-", dir=parent))
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise storage_error("write", parent, error) from error
+    try:
+        with suppress(OSError):  # without locks, nobody sweeps
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+        yield folder
+    finally:
+        os.close(descriptor)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sweep(parent: Path) -> None:
+    for folder in parent.iterdir():
+        with suppress(OSError):
+            # A folder a moment old may not be locked yet.
+            if time.time() - folder.stat().st_mtime < _YOUNG_S:
+                continue
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                os.close(descriptor)
+
+
+def other_home(root: Path) -> Path | None:
+    """Return the registry that a user may have meant instead of `root`: their own, or the project they stand in."""
+    own = Path(os.environ.get("PROTEUS_HOME") or DEFAULT_HOME).expanduser()
+    candidates = [project_root(), own]
+    return next((p for p in candidates if p and p.resolve() != root.resolve() and (p / ".git").exists()), None)

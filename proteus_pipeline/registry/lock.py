@@ -20,7 +20,8 @@ import yaml
 
 from proteus_pipeline.errors import ConfigError, InvalidVersionError, StaleLockError
 from proteus_pipeline.identity.names import Reference
-from proteus_pipeline.registry.versions import ModelVersion, ModelVersionManager
+from proteus_pipeline.registry.version import ModelVersion
+from proteus_pipeline.registry.versions import ModelVersionManager
 from proteus_pipeline.stores.files import write_atomic
 
 SCHEMA = 1

@@ -8,13 +8,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from proteus_pipeline.errors import IntegrityError, VersionConflictError, VersionNotFoundError
+from proteus_pipeline.errors import IntegrityError, StorageError, VersionConflictError, VersionNotFoundError
 from proteus_pipeline.identity.names import Reference
 from proteus_pipeline.registry.events import parse_tag
 from proteus_pipeline.registry.git import Git, GitError
+from proteus_pipeline.registry.pointers import Pointer
 from proteus_pipeline.registry.records import VersionRecord, read_record
-from proteus_pipeline.registry.versions import ModelVersion, ModelVersionManager
-from proteus_pipeline.registry.weights import DvcCache, Pointer
+from proteus_pipeline.registry.refs import publish
+from proteus_pipeline.registry.retirement import check_bytes
+from proteus_pipeline.registry.supply import supply
+from proteus_pipeline.registry.version import ModelVersion
+from proteus_pipeline.registry.versions import ModelVersionManager
+from proteus_pipeline.registry.weights import DvcCache
 
 if TYPE_CHECKING:
     from proteus_pipeline.models.checkpoint import Checkpoint
@@ -63,7 +68,7 @@ def provide(
     progress
         Called with bytes done and bytes in all while files are fetched.
     force
-        Fetch and store the weights again, though they seem to be there.
+        Check the weights to the last byte though they seem to be there, and bring sound ones where they are damaged.
 
     Raises
     ------
@@ -83,8 +88,13 @@ def provide(
         if not wanted.exact or entry is None or wanted.selector not in entry.versions:
             raise
         return _register(manager, entry, wanted, progress)
-    if force or DvcCache(manager.root).files(version.pointer) is None:
-        _restore(manager, version, catalogue, progress)
+    try:
+        _bring(manager, version, force=force)
+    except StorageError:
+        entry = catalogue.get(version.name)
+        if entry is None or version.version not in entry.versions:
+            raise
+        _restore(manager, version, entry, progress)
     _materialise(manager, version)
     return version
 
@@ -122,17 +132,16 @@ def _fetch(manager: ModelVersionManager, entry: ModelEntry, wanted: Reference, p
     return _Fetched(wanted.name, fetch(source, folder, progress))
 
 
-def _restore(
-    manager: ModelVersionManager,
-    version: ModelVersion,
-    catalogue: Mapping[str, ModelEntry],
-    progress: Progress | None,
-) -> None:
+def _bring(manager: ModelVersionManager, version: ModelVersion, *, force: bool) -> None:
+    """Have the weights in the cache, from a backup or a DVC remote where they are missing or, with `force`, damaged."""
+    if force:
+        check_bytes(manager, version)
+    else:
+        supply(manager.root, version.pointer, version.reference)
+
+
+def _restore(manager: ModelVersionManager, version: ModelVersion, entry: ModelEntry, progress: Progress | None) -> None:
     """Put the weights of a tagged version back into the cache, from its source, and only if they are the same."""
-    entry = catalogue.get(version.name)
-    if entry is None or version.version not in entry.versions:
-        version.checkpoint  # noqa: B018 - raises the error that says what is missing and what to do
-        return
     model = _fetch(manager, entry, Reference.parse(version.reference), progress)
     found, known = model.checkpoint.model_digest, version.record.model_digest if version.record else None
     if known is not None and found != known:
@@ -173,7 +182,7 @@ def _adopt_remote_tag(git: Git, wanted: Reference, digest: str, pointer: Pointer
                 "fetch that tag, or register these weights as a new version",
             )
         # None when the tag is here by now: another process was faster, or the version was deleted.
-        return git.try_run("update-ref", f"refs/tags/{tag}", oid, "0" * 40) is not None
+        return publish(git, {tag: oid})
     return False
 
 

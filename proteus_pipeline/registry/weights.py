@@ -8,65 +8,27 @@ because ``dvc add`` changes the working tree, which a registration must not.
 from __future__ import annotations
 
 import configparser
+import errno
 import hashlib
-import io
 import json
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import platformdirs
 
 from proteus_pipeline.errors import IntegrityError, StorageError
+from proteus_pipeline.registry.pointers import Pointer
 from proteus_pipeline.stores.files import atomic_path, md5_file, sha256_file, storage_error, write_atomic
 
 _MD5 = re.compile(r"[0-9a-f]{32}")
-_PLAIN = re.compile(r"(?!(?:null|true|false|yes|no|on|off|y|n)$)[a-z][\w-]*", re.IGNORECASE | re.ASCII)
 # A value as DVC's configuration writes it: in quotes where it holds a comma or a #.
+_REMOTE = re.compile(r"""'?remote "(?P<name>[^"]+)"'?""")
 _VALUE = re.compile(r"""(["'])(?P<quoted>.*?)\1|(?P<bare>[^#]*)""")
-_POINTER = re.compile(r"^-?\s*(md5|size|nfiles|path): (.+)$", re.MULTILINE)
-
-
-@dataclass(frozen=True)
-class Pointer:
-    """What ``models/NAME.dvc`` says: the hash of a directory object, and what it comes to."""
-
-    md5: str
-    size: int
-    files: int
-    path: str
-
-    def text(self) -> str:
-        """Return the file as ``dvc add`` writes it."""
-        return (
-            f"outs:\n- md5: {self.md5}\n  size: {self.size}\n  nfiles: {self.files}\n  hash: md5\n"
-            f"  path: {_scalar(self.path)}\n"
-        )
-
-    @classmethod
-    def parse(cls, text: str, origin: str) -> Pointer:
-        """Read a ``.dvc`` file of one folder.
-
-        Raises
-        ------
-        IntegrityError
-            When it is none.
-
-        """
-        fields = dict(_POINTER.findall(text))
-        try:
-            pointer = cls(fields["md5"].strip(), int(fields["size"]), int(fields["nfiles"]), fields["path"].strip("' "))
-        except (KeyError, ValueError) as error:
-            raise IntegrityError(
-                f"{origin} is no DVC pointer to a folder ({error})", "git checkout it again"
-            ) from error
-        if not re.fullmatch(r"[0-9a-f]{32}\.dir", pointer.md5):
-            raise IntegrityError(f"{origin} points to {pointer.md5!r}, not to a folder", "git checkout it again")
-        return pointer
 
 
 @dataclass(frozen=True)
@@ -77,46 +39,80 @@ class StoredFolder:
     sha256: str
 
 
-class DvcCache:
-    """The content-addressed objects of the repository at `root`."""
+class Objects:
+    """Files by the MD5 of what they hold, as DVC lays them out: its cache, a backup, a remote in a folder."""
 
-    def __init__(self, root: Path) -> None:
-        self._files = _cache_dir(root) / "files" / "md5"
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
 
     def object(self, md5: str) -> Path:
-        return self._files / md5[:2] / md5[2:]
+        return self.folder / md5[:2] / md5[2:]
 
-    def add_folder(self, folder: Path, name: str) -> StoredFolder:
-        """Copy a folder's files into the cache, the directory object last; what is there already is kept."""
-        entries, sums, size = [], [], 0
-        names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-        for relative in names:
-            path = folder / relative
-            md5 = md5_file(path)
-            self._add_file(path, md5)
-            entries.append({"md5": md5, "relpath": relative})
-            sums.append(f"{sha256_file(path)}  {relative}\n")
-            size += path.stat().st_size
-        listing = json.dumps(entries, sort_keys=True).encode()
-        digest = hashlib.md5(listing, usedforsecurity=False).hexdigest() + ".dir"
-        if not _holds(self.object(digest), listing):
-            write_atomic(self.object(digest), listing, mode=0o444)
-        total = hashlib.sha256("".join(sums).encode()).hexdigest()
-        return StoredFolder(Pointer(digest, size, len(entries), PurePosixPath(name).name), total)
+    def is_sound(self, md5: str) -> bool:
+        """Say whether an object is there and is what its name says: DVC trusts a read-only one without a look."""
+        path = self.object(md5)
+        return path.is_file() and md5_file(path) == md5.removesuffix(".dir")
 
-    def _add_file(self, path: Path, md5: str) -> None:
+    def add(self, source: Path, md5: str, *, ours: bool = False) -> None:
+        """Take a file in; a sound object is kept.
+
+        Parameters
+        ----------
+        source
+            The file. It is copied, and the copy checked.
+        md5
+            What it should hold; with ``.dir`` for a directory object.
+        ours
+            Whether it is a scratch file of this process, whose MD5 has just been taken: it is moved, and not read again.
+
+        Raises
+        ------
+        IntegrityError
+            When what arrived is not what its name says; nothing is published then.
+
+        """
         target = self.object(md5)
-        if target.exists() and target.stat().st_size == path.stat().st_size and md5_file(target) == md5:
+        if self.is_sound(md5):
             return
         with atomic_path(target) as temporary:
             try:
-                shutil.copyfile(path, temporary)
+                _take(source, temporary, move=ours)
                 temporary.chmod(0o444)
             except OSError as error:
                 raise storage_error("write", target, error) from error
+            if not ours and md5_file(temporary) != md5.removesuffix(".dir"):
+                raise IntegrityError(
+                    f"{source} does not hold {md5}", "its disk or its writer damaged it: look for a copy"
+                )
 
-    def files(self, pointer: Pointer) -> dict[str, Path] | None:
-        """Return the place of each file by its name in the folder, or None when an object is missing.
+    def take_out(self, md5: str, target: Path) -> None:
+        """Move an object to `target`, on whatever disk that is.
+
+        Raises
+        ------
+        StorageError
+            When it can't be moved; it is then where it was.
+
+        """
+        try:
+            shutil.move(self.object(md5), target)
+        except OSError as error:
+            raise storage_error("write", target, error) from error
+
+    def remove(self, md5: str) -> int:
+        """Remove an object, and return its bytes; 0 when it was not there."""
+        path = self.object(md5)
+        try:
+            size = path.stat().st_size
+            path.unlink()
+        except FileNotFoundError:
+            return 0
+        except OSError as error:
+            raise storage_error("remove", path, error) from error
+        return size
+
+    def listing(self, pointer: Pointer) -> dict[str, str] | None:
+        """Return the MD5 of each file by its name in the folder, or None when the directory object is missing.
 
         Raises
         ------
@@ -124,12 +120,17 @@ class DvcCache:
             When the directory object is not what its name says, or names a file outside the folder.
 
         """
+        if not pointer.is_folder:
+            return {PurePosixPath(pointer.path).name: pointer.md5}
         listing = self.object(pointer.md5)
         if not listing.exists():
             return None
-        data = listing.read_bytes()
+        try:
+            data = listing.read_bytes()
+        except OSError as error:
+            raise storage_error("read", listing, error) from error
         if hashlib.md5(data, usedforsecurity=False).hexdigest() + ".dir" != pointer.md5:
-            raise IntegrityError(f"{listing} is damaged", f"remove it, then: dvc fetch models/{pointer.path}.dvc")
+            raise IntegrityError(f"{listing} is damaged", "proteus model verify --repair")
         try:
             entries = {PurePosixPath(entry["relpath"]): str(entry["md5"]) for entry in json.loads(data)}
         except (KeyError, TypeError, ValueError) as error:
@@ -140,8 +141,73 @@ class DvcCache:
                 raise IntegrityError(
                     f"{listing} names {name} ({md5}), outside its folder or the cache", "do not use these weights"
                 )
-        found = {str(name): self.object(md5) for name, md5 in entries.items()}
+        return {str(name): md5 for name, md5 in entries.items()}
+
+    def files(self, pointer: Pointer) -> dict[str, Path] | None:
+        """Return the place of each file by its name in the folder, or None when an object is missing.
+
+        Raises
+        ------
+        IntegrityError
+            As `listing`.
+
+        """
+        entries = self.listing(pointer)
+        if entries is None:
+            return None
+        found = {name: self.object(md5) for name, md5 in entries.items()}
         return found if all(path.exists() for path in found.values()) else None
+
+
+def _take(source: Path, target: Path, *, move: bool) -> None:
+    if move:
+        try:
+            source.rename(target)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+        else:
+            return
+    shutil.copyfile(source, target)
+
+
+def sha256_of(files: Mapping[str, Path]) -> str:
+    """Return one SHA-256 over a folder's files: over the lines ``SHA256  NAME``, sorted by name."""
+    sums = "".join(f"{sha256_file(files[name])}  {name}\n" for name in sorted(files))
+    return hashlib.sha256(sums.encode()).hexdigest()
+
+
+class DvcCache(Objects):
+    """The content-addressed objects of the repository at `root`."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        super().__init__(_cache_dir(root) / "files" / "md5")
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the cache lies in the repository: one elsewhere may serve other projects too."""
+        return self.folder.resolve().is_relative_to(self.root.resolve())
+
+    def add_folder(self, folder: Path, name: str, *, ours: bool = False) -> StoredFolder:
+        """Take a folder's files into the cache, the directory object last; what is there already is kept.
+
+        They are copied, or moved where the folder is `ours`: a scratch folder of this process.
+        """
+        entries, size = [], 0
+        names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+        total = sha256_of({relative: folder / relative for relative in names})
+        for relative in names:
+            path = folder / relative
+            md5 = md5_file(path)
+            size += path.stat().st_size
+            self.add(path, md5, ours=ours)
+            entries.append({"md5": md5, "relpath": relative})
+        listing = json.dumps(entries, sort_keys=True).encode()
+        digest = hashlib.md5(listing, usedforsecurity=False).hexdigest() + ".dir"
+        if not self.is_sound(digest):
+            write_atomic(self.object(digest), listing, mode=0o444)
+        return StoredFolder(Pointer(digest, size, len(entries), PurePosixPath(name).name), total)
 
     def checkout(self, pointer: Pointer, folder: Path) -> None:
         """Copy a stored folder to `folder`, as ``dvc checkout`` would; nothing when it is there."""
@@ -165,37 +231,45 @@ class DvcCache:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _holds(path: Path, data: bytes) -> bool:
-    try:
-        return path.read_bytes() == data
-    except OSError:
-        return False
-
-
-def _scalar(name: str) -> str:
-    """Return a name as YAML writes it: in quotes where it would read as a number or a date."""
-    if _PLAIN.fullmatch(name):
-        return name
-    from ruamel.yaml import YAML
-
-    out = io.StringIO()
-    YAML().dump({"path": name}, out)
-    return out.getvalue().removeprefix("path: ").removesuffix("\n")
-
-
 def _cache_dir(root: Path) -> Path:
     """Return DVC's cache folder: ``cache.dir`` of the first configuration that sets it, else .dvc/cache."""
+    for path, parser in dvc_configurations(root):
+        if found := parser.get("cache", "dir", fallback=None):
+            value = _VALUE.match(found)
+            bare = (value["quoted"] or value["bare"] or "").strip() if value else found
+            return (path.parent / Path(bare).expanduser()).resolve()
+    return root / ".dvc" / "cache"
+
+
+def remote_names(root: Path) -> list[str]:
+    """Return the names of DVC's remotes, the default one first; read without DVC, which takes a second to import."""
+    names: dict[str, None] = {}
+    for _, parser in dvc_configurations(root):
+        if default := parser.get("core", "remote", fallback=None):
+            names.setdefault(default.strip())
+    for _, parser in dvc_configurations(root):
+        for section in parser.sections():
+            if found := _REMOTE.fullmatch(section):
+                names.setdefault(found["name"])
+    return list(names)
+
+
+def dvc_configurations(root: Path) -> Iterator[tuple[Path, configparser.ConfigParser]]:
+    """Yield DVC's configurations as they are read, the strongest first.
+
+    Raises
+    ------
+    StorageError
+        When one can't be read.
+
+    """
     for path in _configurations(root):
         parser = configparser.ConfigParser(interpolation=None)
         try:
             parser.read(path, encoding="utf-8")
         except (configparser.Error, UnicodeDecodeError) as error:
             raise StorageError(f"{path} can't be read ({error})", "mend it: dvc config --list") from error
-        if found := parser.get("cache", "dir", fallback=None):
-            value = _VALUE.match(found)
-            bare = (value["quoted"] or value["bare"] or "").strip() if value else found
-            return (path.parent / Path(bare).expanduser()).resolve()
-    return root / ".dvc" / "cache"
+        yield path, parser
 
 
 def _configurations(root: Path) -> Iterator[Path]:

@@ -12,8 +12,9 @@ from proteus_pipeline.identity.names import Reference, Version, check_name
 from proteus_pipeline.models.architecture import resolve_layer
 from proteus_pipeline.models.encoder import Esm2Encoder
 from proteus_pipeline.models.pooling import pool
-from proteus_pipeline.registry.home import registry_home
-from proteus_pipeline.registry.versions import ModelVersion, ModelVersionManager
+from proteus_pipeline.registry.places import registry_home
+from proteus_pipeline.registry.version import ModelVersion
+from proteus_pipeline.registry.versions import ModelVersionManager
 from proteus_pipeline.sequences.rules import Rules, normalise
 
 if TYPE_CHECKING:

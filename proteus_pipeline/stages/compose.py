@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from proteus_pipeline.config.schema import DataSettings
-    from proteus_pipeline.registry.versions import ModelVersion
+    from proteus_pipeline.registry.version import ModelVersion
 
 SCHEMA = 1
 LOCK = "models.lock"

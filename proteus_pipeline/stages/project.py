@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from proteus_pipeline.errors import StorageError
-from proteus_pipeline.registry.home import project_root
+from proteus_pipeline.registry.places import project_root
 from proteus_pipeline.stores.files import write_atomic
 
 if TYPE_CHECKING:

@@ -6,14 +6,17 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, git
 
+from proteus_pipeline.registry.records import read_record
+
 HEAVY = {
     "torch", "dvc", "zarr", "numpy", "scipy", "sklearn", "hydra", "omegaconf", "plotly", "requests", "git",
-    "safetensors", "esm", "transformers", "numcodecs", "jinja2",
+    "safetensors", "esm", "transformers", "numcodecs", "jinja2", "jsonschema",
 }  # fmt: skip
 RUN = """
 import json, sys
@@ -49,12 +52,16 @@ def imported(root: Path, *args: str) -> tuple[int, set[str]]:
         (["model", "--help"], 0),
         (["model", "list"], 0),
         (["model", "list", "--json"], 0),
+        (["model", "list", "m"], 0),
         (["model", "show", "m"], 0),
+        (["model", "history", "m"], 0),
         (["model", "show", "nobody"], 1),
     ],
 )
 def test_quick_commands_import_nothing_heavy(repository: Path, args: list[str], expected: int):
-    message = (Path(__file__).parents[1] / "registry" / "golden_record.txt").read_text().replace("esm2_tiny", "m")
+    record = read_record((Path(__file__).parents[1] / "registry" / "golden_record.txt").read_text(), "esm2_tiny@v1.0.0")
+    assert record
+    message = replace(record, name="m").message()
     who = ("-c", "user.name=A", "-c", "user.email=a@example.org")
     git(repository, *who, "tag", "-a", "--cleanup=verbatim", "-m", message, "m@v1.0.0")
     code, names = imported(repository, *args)

@@ -52,6 +52,7 @@ def test_register_tags_a_version_and_says_so(run: Run, folders: dict[str, str], 
 def test_register_keeps_everything_it_is_told(run: Run, folders: dict[str, str], repository: Path):
     git(repository, "config", "user.name", "A")
     git(repository, "config", "user.email", "a@example.org")
+    assert run("register", "base", "--version", "1.0.0", "--weights", folders["other"])[0] == 0
     told = [
         "--meta",
         "data=UR50D, v=2",
@@ -129,7 +130,7 @@ def test_list_names_its_home_and_what_there_is(run: Run, folders: dict[str, str]
     assert [line.split()[0] for line in lines[1:]] == ["lab/n@v1.0.0", "m@v1.0.0", "m@v1.1.0", "m@v2.0.0-rc.1"]
     assert [line.split()[0] for line in lines if line.endswith("current")] == ["lab/n@v1.0.0", "m@v1.1.0"]
     assert f"trunk {tiny.trunk_digest[:12]}" in lines[2]
-    assert lines[4].endswith("no record (gto)")
+    assert lines[4].endswith("no record; proteus model adopt m@v2.0.0-rc.1")
     value = json.loads(run("list", "m", "--json")[1])
     assert [(v["reference"], v["current"]) for v in value["versions"]] == [
         ("m@v1.0.0", False), ("m@v1.1.0", True), ("m@v2.0.0-rc.1", False)
@@ -165,7 +166,7 @@ def test_show_of_what_is_not_there_is_one_line(run: Run, folders: dict[str, str]
     assert err.startswith("proteus: ")
 
 
-def test_fetch_finds_damage_and_force_mends_it_from_the_source(
+def test_pull_finds_damage_and_force_mends_it_from_the_source(
     run: Run, folders: dict[str, str], repository: Path, tiny: Checkpoint
 ):
     catalogue = repository / "conf" / "model"
@@ -174,7 +175,7 @@ def test_fetch_finds_damage_and_force_mends_it_from_the_source(
     (catalogue / "m.yaml").write_text(
         f"name: m\ndescription: tiny\nlicence: MIT\nversions:\n  '1.0.0':\n    source: {source}\n"
     )
-    assert run("fetch", "m@v1.0.0")[:2] == (0, "m@v1.0.0 is here\n")
+    assert run("pull", "m@v1.0.0")[:2] == (0, "m@v1.0.0 is here\n")
     manager = ModelVersionManager(repository)
     files = DvcCache(repository).files(manager.resolve("m").pointer)
     assert files is not None
@@ -183,14 +184,14 @@ def test_fetch_finds_damage_and_force_mends_it_from_the_source(
     path.write_bytes(path.read_bytes()[:-1] + b"\x77")
     path.chmod(0o444)
     shutil.move(str(catalogue / "m.yaml"), str(repository / "aside"))
-    code, _, err = run("fetch", "m@v1.0.0", "--force")
+    code, _, err = run("pull", "m@v1.0.0", "--force")
     assert code == 4
-    assert "are damaged (trunk); proteus model fetch m@v1.0.0 --force" in err
+    assert "m@v1.0.0 in the DVC cache are damaged, and no sound copy was found" in err
     shutil.move(str(repository / "aside"), str(catalogue / "m.yaml"))
-    code, out, _ = run("fetch", "m@v1.0.0", "--force", "--json")
+    code, out, _ = run("pull", "m@v1.0.0", "--force", "--json")
     assert (code, json.loads(out)["reference"]) == (0, "m@v1.0.0")
     assert manager.resolve("m").checkpoint.model_digest == tiny.model_digest
-    assert run("fetch", "m@v2.0.0")[0] == 1
+    assert run("pull", "m@v2.0.0")[0] == 1
 
 
 def test_home_is_another_registry(run: Run, folders: dict[str, str], tmp_path: Path, repository: Path):
@@ -220,7 +221,7 @@ def test_a_listing_outside_a_project_makes_no_home(
     assert json.loads(out)["versions"] == [] if args else "none" in out
     assert run("show", "m")[0] == 1
     assert run("list", "m")[0] == 1
-    assert run("fetch", "m@v1.0.0")[0] == 1
+    assert run("pull", "m@v1.0.0")[0] == 1
     assert not (Path.home() / ".proteus").exists()
     code, _, err = run("list", "--home", str(tmp_path / "mistyped"))
     assert (code, "mistyped does not exist" in err) == (1, True)
@@ -234,7 +235,7 @@ def test_list_says_which_record_is_damaged(run: Run, folders: dict[str, str], re
     assert code == 0
     assert [line.split()[0] for line in out.splitlines() if "damaged record" in line] == ["other@v1.0.0"]
     [good, bad] = json.loads(run("list", "--json")[1])["versions"]
-    assert ("damage" in good, "tag other@v1.0.0 is damaged" in bad["damage"]) == (False, True)
+    assert ("damage" in good, "tag other@v1.0.0 was edited or damaged" in bad["damage"]) == (False, True)
     assert run("show", "m@v1.0.0")[0] == 0
     assert run("show", "other")[0] == 4
 

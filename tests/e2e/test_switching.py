@@ -98,9 +98,9 @@ def test_damaged_weights_are_not_used(clone: Clone) -> None:
     victim.write_bytes(data)
     victim.chmod(0o444)
     output = clone.run("proteus", "run", "embedding.layer=1", code=1)
-    assert "are damaged" in output and "proteus model fetch" in output
+    assert "in the DVC cache is damaged" in output and "proteus model verify" in output
     clone.git("checkout", "--quiet", "params.yaml", "dvc.lock")
-    clone.run("proteus", "model", "fetch", TAG, "--force")
+    clone.run("proteus", "model", "pull", TAG, "--force")
     clone.run("proteus", "run", "embedding.layer=1")
     assert clone.counts() == (0, 20)
     clone.reset()

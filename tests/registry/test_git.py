@@ -9,6 +9,7 @@ from conftest import git
 
 from proteus_pipeline.errors import StorageError
 from proteus_pipeline.registry.git import FALLBACK_EMAIL, Git, GitError
+from proteus_pipeline.registry.refs import publish
 
 
 def test_the_repository_is_found_from_a_folder_below(repository: Path):
@@ -75,7 +76,7 @@ def test_a_commit_of_files_leaves_branch_index_and_tree(repository: Path):
     (repository / ".gitignore").write_text("changed\n")
     before = (git(repository, "status", "--porcelain=v2"), (repository / ".git" / "index").read_bytes())
     head = git(repository, "rev-parse", "HEAD")
-    commit = Git(repository).commit_files({"a/b.txt": "text\n"}, "a message\n")
+    commit = Git(repository).commit_files({"a/b.txt": "text\n"}, "a message\n", head)
     assert (git(repository, "status", "--porcelain=v2"), (repository / ".git" / "index").read_bytes()) == before
     assert git(repository, "rev-parse", "HEAD") == head
     assert git(repository, "rev-parse", f"{commit}^") == head
@@ -87,29 +88,44 @@ def test_the_first_commit_needs_no_parent(tmp_path: Path):
     subprocess.run(["git", "init", "--quiet", str(tmp_path)], check=True)
     here = Git(tmp_path)
     assert here.head() is None
-    commit = here.commit_files({"a": "1\n"}, "first\n")
+    commit = here.commit_files({"a": "1\n"}, "first\n", None)
     assert git(tmp_path, "rev-list", "--count", commit) == "1"
 
 
-def test_a_tag_is_made_once_and_keeps_its_message_to_the_byte(repository: Path):
+def test_a_tag_keeps_its_message_to_the_byte_and_its_time(repository: Path):
     here, head = Git(repository), git(repository, "rev-parse", "HEAD")
     message = "Title\n\n# no comment\n  spaces kept  \n\n\nlast\n"
-    assert here.create_tag("m@v1.0.0", head, message)
-    first = git(repository, "rev-parse", "m@v1.0.0")
-    assert not here.create_tag("m@v1.0.0", head, "another\n")
-    assert git(repository, "rev-parse", "m@v1.0.0") == first
-    raw = subprocess.run(["git", "-C", str(repository), "cat-file", "tag", "m@v1.0.0"], capture_output=True, check=True)
+    oid = here.make_tag("m@v1.0.0", head, message, 1_700_000_000)
+    raw = subprocess.run(["git", "-C", str(repository), "cat-file", "tag", oid], capture_output=True, check=True)
     assert raw.stdout.split(b"\n\n", 1)[1].decode() == message
+    assert b"tagger proteus <proteus@localhost> 1700000000 +0000" in raw.stdout
+    assert git(repository, "tag") == "", "an object that no ref names"
 
 
-def test_a_tag_that_another_process_is_making_counts_as_there(repository: Path):
-    (repository / ".git" / "refs" / "tags" / "m@v1.0.0.lock").touch()
-    assert not Git(repository).create_tag("m@v1.0.0", git(repository, "rev-parse", "HEAD"), "x\n")
+def test_a_tag_of_nothing_is_an_error(repository: Path):
+    with pytest.raises(GitError, match="git mktag"):
+        Git(repository).make_tag("m@v1.0.0", "0" * 40, "x\n", 0)
 
 
-def test_any_other_refusal_of_a_tag_is_an_error(repository: Path):
-    with pytest.raises(GitError, match="git tag"):
-        Git(repository).create_tag("m@v1.0.0", "0" * 40, "x\n")
+def test_objects_are_read_in_one_go_and_none_where_they_are_not(repository: Path):
+    here = Git(repository)
+    blob, none, tree, odd = here.read_objects(["HEAD:.gitignore", "HEAD:no such file", "HEAD^{tree}", "a b"])
+    assert blob
+    assert (blob.kind, blob.data) == ("blob", (repository / ".gitignore").read_bytes())
+    assert tree
+    assert (tree.kind, none, odd) == ("tree", None, None)
+    assert here.ids(["HEAD:.gitignore", "HEAD:no such file", "HEAD^{tree}"]) == [blob.oid, None, tree.oid]
+    assert here.read_objects([]) == []
+    assert here.ids([]) == []
+    with pytest.raises(GitError, match="line end"):
+        here.read_objects(["HEAD\nHEAD"])
+
+
+def test_a_tree_lists_its_files_by_path(repository: Path):
+    here = Git(repository)
+    assert here.tree("HEAD") == {
+        name: git(repository, "rev-parse", f"HEAD:{name}") for name in (".dvc/config", ".gitignore")
+    }
 
 
 @pytest.mark.parametrize(
@@ -128,7 +144,8 @@ def test_a_git_hooks_environment_leads_to_no_other_repository(
         patch.setenv("GIT_PREFIX", "below/")
         here = Git.find(repository)
         assert (here.root, here.head()) == (repository, head)
-        assert here.create_tag("m@v1.0.0", here.commit_files({"a": "1\n"}, "x\n"), "m\n")
+        tag = here.make_tag("m@v1.0.0", here.commit_files({"a": "1\n"}, "x\n", head), "m\n", 1_700_000_000)
+        assert publish(here, {"m@v1.0.0": tag})
     assert git(repository, "show", "m@v1.0.0:a") == "1"
     assert git(hooked, "tag") == ""
     assert not (hooked / "index").exists()
@@ -136,7 +153,8 @@ def test_a_git_hooks_environment_leads_to_no_other_repository(
 
 def test_threads_that_commit_at_once_do_not_mix_their_files(repository: Path):
     def commit(number: int) -> str:
-        return Git(repository).commit_files({f"{number}/{i}": f"{number}\n" for i in range(4)}, "x\n")
+        here = Git(repository)
+        return here.commit_files({f"{number}/{i}": f"{number}\n" for i in range(4)}, "x\n", here.head())
 
     with ThreadPoolExecutor(4) as pool:
         commits = list(pool.map(commit, range(8)))

@@ -6,7 +6,8 @@ import pytest
 from conftest import git
 
 from proteus_pipeline.errors import StorageError
-from proteus_pipeline.registry.home import open_home, project_root, registry_home
+from proteus_pipeline.registry.home import open_home
+from proteus_pipeline.registry.places import project_root, registry_home
 
 
 def test_the_project_is_the_folder_with_git_and_dvc(repository: Path):

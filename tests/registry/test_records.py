@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proteus_pipeline.errors import IntegrityError
-from proteus_pipeline.registry.records import VersionRecord, read_record
+from proteus_pipeline.identity import digests
+from proteus_pipeline.registry.records import EventRecord, VersionRecord, read_event, read_record
 
 GOLDEN = Path(__file__).with_name("golden_record.txt")
 TAG = "esm2_tiny@v1.0.0"
@@ -38,11 +39,15 @@ json_like = st.recursive(
 )
 
 
+def sealed(body: str) -> str:
+    """A message with some body, whose checksum fits."""
+    return f"T\n\nproteus-record: 1 {digests.of_bytes(body.encode())}\n{body}\n"
+
+
 def changed(**fields: object) -> str:
     """The message with some fields of its JSON replaced; None takes a field out."""
-    head, _, body = RECORD.message().rstrip("\n").rpartition("\n")
-    value = {**json.loads(body), **fields}
-    return f"{head}\n{json.dumps({k: v for k, v in value.items() if v is not None})}\n"
+    value = {**json.loads(RECORD.message().rstrip("\n").rpartition("\n")[2]), **fields}
+    return sealed(json.dumps({k: v for k, v in value.items() if v is not None}))
 
 
 def test_the_message_is_the_golden_one_to_the_byte():
@@ -86,12 +91,11 @@ def test_a_later_schema_is_refused_before_it_is_read():
 @pytest.mark.parametrize(
     "message",
     [
-        "T\n\nproteus-record: 1\n",
-        "T\n\nproteus-record: 1",
-        "T\n\nproteus-record: 1\n{\n",
-        "T\n\nproteus-record: 1\n[]\n",
-        "T\n\nproteus-record: 1\nnull\n",
-        "T\n\nproteus-record: 1\n{}\n",
+        sealed(""),
+        sealed("{"),
+        sealed("[]"),
+        sealed("null"),
+        sealed("{}"),
         changed(surprise=1),
         changed(components={"lm_head": "x"}),
         changed(components=None),
@@ -112,7 +116,40 @@ def test_a_damaged_record_is_named(message: str):
     assert "fetch the tag again" in caught.value.remedy
 
 
-@pytest.mark.parametrize("tag", ["esm2_tiny@v1.0.1", "other@v1.0.0", "esm2_tiny@v1.0.0#1"])
+@pytest.mark.parametrize("tag", ["esm2_tiny@v1.0.1", "other@v1.0.0", "esm2_tiny@v1.0.0!", "esm2_tiny"])
 def test_the_record_of_another_tag_is_refused(tag: str):
     with pytest.raises(IntegrityError, match=f"tag {tag} is of esm2_tiny@v1.0.0"):
         read_record(RECORD.message(), tag)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [('"first"', '"later"'), ('"UR50D', '"UR90D'), ("aaaabbbb", "aaaabbbc"), ("{", "[")]
+)
+def test_a_record_that_was_edited_by_hand_is_refused(old: str, new: str):
+    edited = RECORD.message().replace(old, new)
+    assert edited != RECORD.message()
+    with pytest.raises(IntegrityError, match=f"tag {TAG} was edited or damaged: its checksum does not fit"):
+        read_record(edited, TAG)
+
+
+EVENT = EventRecord(
+    "deleted", "m", "1.0.0", 3, {"name": "Å"}, "2025-01-31T12:00:00+00:00", "too many", {"backup": True}
+)
+
+
+def test_an_event_comes_back_and_is_no_record():
+    assert read_event(EVENT.message(), "m@v1.0.0!") == EVENT
+    assert read_event(EVENT.message(), "m#current#3") == EVENT
+    assert read_record(EVENT.message(), "m@v1.0.0!") is None
+    assert read_event(RECORD.message(), TAG) is None
+
+
+@pytest.mark.parametrize("tag", ["m@v1.0.1!", "n@v1.0.0!", "n#current#3"])
+def test_the_event_of_another_version_is_refused(tag: str):
+    with pytest.raises(IntegrityError, match=r"is of m@v1\.0\.0"):
+        read_event(EVENT.message(), tag)
+
+
+def test_an_edited_event_is_refused():
+    with pytest.raises(IntegrityError, match="edited or damaged"):
+        read_event(EVENT.message().replace("too many", "no reason"), "m@v1.0.0!")

@@ -35,7 +35,9 @@ def manager(repository: Path) -> ModelVersionManager:
 
 def state(root: Path) -> dict[str, Any]:
     """Everything of a repository that a registration leaves alone."""
-    files = [p for p in root.rglob("*") if p.is_file() and not {".git", "cache"} & set(p.relative_to(root).parts)]
+    # The registry's own: .proteus/ keeps itself out of git, and git's folder holds the lock of registry changes.
+    own = {".git", "cache", ".proteus"}
+    files = [p for p in root.rglob("*") if p.is_file() and not own & set(p.relative_to(root).parts)]
     return {
         "head": git(root, "rev-parse", "HEAD"),
         "branch": git(root, "symbolic-ref", "HEAD"),
@@ -43,7 +45,7 @@ def state(root: Path) -> dict[str, Any]:
         "stash": git(root, "stash", "list"),
         "index": hashlib.sha256((root / ".git" / "index").read_bytes()).hexdigest(),
         "files": {str(p): p.read_bytes() for p in files},
-        "git": sorted(p.name for p in (root / ".git").iterdir()),
+        "git": sorted(p.name for p in (root / ".git").iterdir() if p.name != "proteus.lock"),
         "status": git(root, "status", "--porcelain=v2"),
     }
 
@@ -65,6 +67,8 @@ def make_untidy(root: Path) -> None:
 
 
 def test_a_version_says_what_was_registered(manager: ModelVersionManager, tiny: Checkpoint):
+    for name in ("base", "other"):
+        manager.register_version(Given(name, tiny), "1.0.0")
     version = manager.register_version(
         Given("m", tiny, {"origin": "here"}),
         "v1.0.0",
@@ -84,7 +88,7 @@ def test_a_version_says_what_was_registered(manager: ModelVersionManager, tiny: 
         {"epochs": 3},
         {"origin": "here"},
     )
-    assert record.dependencies == ("base@v1.0.0", "other@current")
+    assert record.dependencies == ("base@v1.0.0", "other@v1.0.0"), "resolved once, and recorded"
     assert (record.sequence, record.parent, record.reason, record.breaking) == (1, None, "first", "all")
     assert record.time.endswith("+00:00")
     assert manager.get_version("m", "1.0.0").record == record

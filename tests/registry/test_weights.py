@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from proteus_pipeline.errors import IntegrityError, StorageError
-from proteus_pipeline.registry.weights import DvcCache, Pointer
+from proteus_pipeline.registry.pointers import Pointer
+from proteus_pipeline.registry.weights import DvcCache
 from proteus_pipeline.stores.files import sha256_file
 
 FILES = {
@@ -268,11 +269,14 @@ def test_a_cache_that_cant_be_written_is_one_error(repository: Path, tmp_path: P
     [
         "",
         "outs: []\n",
-        "outs:\n- md5: 0123456789abcdef0123456789abcdef\n  size: 1\n  nfiles: 1\n  hash: md5\n  path: file.bin\n",
+        "outs:\n- md5: 0123456789abcdef0123456789abcdef\n  size: 1\n  hash: md5-dos2unix\n  path: file.bin\n",
+        "outs: {}\n",
+        "- 1\n",
+        "outs:\n- [\n",
         "outs:\n- md5: ../../etc.dir\n  size: 1\n  nfiles: 1\n  hash: md5\n  path: m\n",
         "outs:\n- md5: 0123456789abcdef0123456789abcdef.dir\n  size: much\n  nfiles: 1\n  hash: md5\n  path: m\n",
     ],
 )
-def test_what_is_no_pointer_to_a_folder_is_refused(text: str):
+def test_what_is_no_pointer_is_refused(text: str):
     with pytest.raises(IntegrityError, match=r"^models/m\.dvc"):
         Pointer.parse(text, "models/m.dvc")

@@ -1,0 +1,147 @@
+"""Backups of deleted versions: what their tags said, and their weights, outside DVC's cache.
+
+::
+
+    .proteus/backups/versions/NAME@vX.Y.Z.json    what is backed up; written last, so that it is whole when it is there
+    .proteus/backups/files/md5/ab/cdef...         the objects, in DVC's layout: `dvc remote add` takes the folder as it is
+
+Versions share what they have in common, as in the cache.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from proteus_pipeline.errors import IntegrityError, StorageError
+from proteus_pipeline.registry.home import private_folder
+from proteus_pipeline.registry.pointers import Pointer
+from proteus_pipeline.registry.weights import Objects
+from proteus_pipeline.stores.files import storage_error, write_atomic
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Backup:
+    """One version's backup.
+
+    Attributes
+    ----------
+    reference
+        The version.
+    tag, oid
+        Its tag, and the tag's object, which git keeps.
+    message
+        The tag's message: the record, should git lose it.
+    commit
+        What the tag points to.
+    pointer
+        Of the weights.
+    objects
+        The MD5 of each object, the directory's first.
+
+    """
+
+    reference: str
+    tag: str
+    oid: str
+    message: str
+    commit: str
+    pointer: Pointer
+    objects: tuple[str, ...]
+
+
+class Backups:
+    """The backups of the registry at `root`."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._folder = root / ".proteus" / "backups"
+        self.objects = Objects(self._folder / "files" / "md5")
+
+    def make(self, backup: Backup, source: Objects) -> None:
+        """Copy a version's objects, read each copy back, and write down what is there.
+
+        Raises
+        ------
+        IntegrityError
+            When an object of the version is damaged; there is no backup then.
+        StorageError
+            When one is missing, or the backup can't be written.
+
+        """
+        private_folder(self._root)
+        for md5 in backup.objects:
+            path = source.object(md5)
+            if not path.is_file():
+                raise StorageError(
+                    f"{backup.reference} can't be backed up: {md5} is not in the DVC cache",
+                    f"proteus model pull {backup.reference}",
+                )
+            self.objects.add(path, md5)
+        body = json.dumps({"schema": SCHEMA} | asdict(backup), indent=1, sort_keys=True, ensure_ascii=False)
+        write_atomic(self._path(backup.reference), f"{body}\n".encode())
+
+    def find(self, reference: str) -> Backup | None:
+        """Return a version's backup, or None; what it says is not checked against the objects.
+
+        Raises
+        ------
+        IntegrityError
+            When its description can't be read.
+
+        """
+        return self._read(self._path(reference))
+
+    def list(self) -> list[Backup]:
+        """Return every backup whose description can be read."""
+        found = []
+        for path in sorted((self._folder / "versions").glob("**/*.json")):
+            try:
+                found.append(self._read(path))
+            except IntegrityError:
+                continue
+        return [backup for backup in found if backup]
+
+    def is_verified(self, reference: str) -> bool:
+        """Say whether a version's backup is there and every object of it is what its name says."""
+        backup = self.find(reference)
+        return backup is not None and all(self.objects.is_sound(md5) for md5 in backup.objects)
+
+    def release(self, reference: str) -> None:
+        """Forget a backup, and remove the objects that no other one needs."""
+        backup = self.find(reference)
+        if backup is None:
+            return
+        self._path(reference).unlink(missing_ok=True)
+        needed = {md5 for other in self.list() for md5 in other.objects}
+        for md5 in set(backup.objects) - needed:
+            self.objects.object(md5).unlink(missing_ok=True)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all objects."""
+        return sum(p.stat().st_size for p in self.objects.folder.rglob("*") if p.is_file())
+
+    def _path(self, reference: str) -> Path:
+        return self._folder / "versions" / f"{reference}.json"
+
+    @staticmethod
+    def _read(path: Path) -> Backup | None:
+        try:
+            value = json.loads(path.read_text(encoding="utf-8"))
+            if value.pop("schema") != SCHEMA:
+                raise IntegrityError(f"{path} is of another schema than {SCHEMA}", "upgrade proteus_pipeline")
+            value["pointer"] = Pointer(**value["pointer"])
+            value["objects"] = tuple(value["objects"])
+            return Backup(**value)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            if isinstance(error, StorageError):
+                raise
+            raise storage_error("read", path, error) from error
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise IntegrityError(f"{path} is damaged ({error})", "restore it from a copy of the folder") from error

@@ -1,0 +1,172 @@
+"""Weights that the DVC cache lacks, or holds damaged: from a backup, or from a DVC remote, checked before they are there."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from proteus_pipeline.errors import IntegrityError, StorageError
+from proteus_pipeline.registry.backups import Backups
+from proteus_pipeline.registry.home import private_folder, scratch_folder
+from proteus_pipeline.registry.pointers import Pointer
+from proteus_pipeline.registry.remotes import DvcRemote, remotes
+from proteus_pipeline.registry.weights import DvcCache, Objects
+from proteus_pipeline.stores.files import md5_file
+
+_TRANSFERS = 8
+
+
+def supply(root: Path, pointer: Pointer, reference: str) -> dict[str, Path]:
+    """Return the place of each file of some weights in the DVC cache, brought there where they are missing.
+
+    Raises
+    ------
+    StorageError
+        When they are nowhere; it says where they were looked for.
+    IntegrityError
+        When what is there, or what a remote sent, is damaged.
+
+    """
+    cache = DvcCache(root)
+    if files := cache.files(pointer):
+        return files
+    sources = _Sources(root)
+    # The directory object first: it says which the others are.
+    sources.bring(cache, [pointer.md5], reference)
+    listing = cache.listing(pointer) or {}
+    # What is there is checked when it is used: reading gigabytes here would cost seconds.
+    sources.bring(cache, [md5 for md5 in listing.values() if not cache.object(md5).exists()], reference)
+    files = cache.files(pointer)
+    if files is None:
+        raise StorageError(f"the weights of {reference} went missing while they were fetched", "run the command again")
+    return files
+
+
+def mend(root: Path, md5s: Iterable[str], reference: str) -> None:
+    """Put sound objects in place of damaged or missing ones; what was damaged is kept in quarantine.
+
+    Raises
+    ------
+    StorageError
+        When no sound copy is found (IntegrityError where a damaged one is here); everything is then where it was.
+
+    """
+    cache = DvcCache(root)
+    wanted = list(dict.fromkeys(md5s))
+    try:
+        _Sources(root).bring(cache, wanted, reference)
+    except StorageError as error:
+        if not any(cache.object(md5).exists() for md5 in wanted):
+            raise
+        raise IntegrityError(
+            f"the weights of {reference} in the DVC cache are damaged, and no sound copy was found: {error.what}",
+            error.remedy,
+        ) from error
+
+
+def send(root: Path, pointer: Pointer, reference: str, name: str | None = None) -> tuple[int, str]:
+    """Copy what a DVC remote lacks of some weights to it; return how many objects that was, and the remote's name.
+
+    The directory object goes last: where it is, all that it lists is. Each object is checked here before it is sent.
+
+    Raises
+    ------
+    StorageError
+        When there is no such remote, or it can't be written.
+    IntegrityError
+        When an object is damaged here.
+
+    """
+    found = {remote.name: remote for remote in remotes(root)}
+    if not found or (name is not None and name not in found):
+        what = f"no DVC remote {name} is configured" if name else "no DVC remote is configured"
+        raise StorageError(what, f"there are: {', '.join(found) or 'none'}; dvc remote add --default NAME URL")
+    remote = found[name] if name else next(iter(found.values()))
+    supply(root, pointer, reference)
+    cache = DvcCache(root)
+    listed = [*(cache.listing(pointer) or {}).values(), *([pointer.md5] if pointer.is_folder else [])]
+    missing = [md5 for md5 in dict.fromkeys(listed) if remote.size(md5) != cache.object(md5).stat().st_size]
+    for md5 in missing:
+        if not cache.is_sound(md5):
+            raise IntegrityError(
+                f"{cache.object(md5)} of {reference} is damaged, and was not sent",
+                f"proteus model verify {reference} --repair",
+            )
+        if remote.size(md5) is not None:
+            remote.remove(md5)  # of another size: cut short by whoever sent it
+        remote.push(md5, cache.object(md5))
+    return len(missing), remote.name
+
+
+def quarantine(root: Path, objects: Objects, md5: str) -> Path | None:
+    """Move an object out of the way, to .proteus/quarantine; None when it is not there. Nothing is ever deleted."""
+    if not objects.object(md5).exists():
+        return None
+    target = private_folder(root) / "quarantine" / f"{md5}-{secrets.token_hex(4)}"
+    target.parent.mkdir(exist_ok=True)
+    objects.take_out(md5, target)
+    return target
+
+
+class _Sources:
+    """Where objects may come from, in the order of what asking costs."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._backups = Backups(root)
+        self._remotes = remotes(root)
+
+    def bring(self, cache: DvcCache, md5s: Iterable[str], reference: str) -> None:
+        """Have sound objects in the cache; those that are sound already stay."""
+        wanted = {md5 for md5 in md5s if not cache.is_sound(md5)}
+        for md5 in sorted(wanted):
+            if self._backups.objects.is_sound(md5):
+                self._place(cache, md5, self._backups.objects.object(md5))
+                wanted.discard(md5)
+        failures: list[StorageError] = []
+        for remote in self._remotes:
+            if wanted:
+                failures += self._from_remote(remote, cache, wanted)
+        if not wanted:
+            return
+        if damaged := next((f for f in failures if isinstance(f, IntegrityError)), None):
+            raise damaged
+        looked = ["backups", *(f"DVC remote {remote.name}" for remote in self._remotes)]
+        why = f" ({failures[0].what})" if failures else ""
+        raise StorageError(
+            f"the weights of {reference} are not in the DVC cache, and not in {', '.join(looked)}{why}",
+            f"proteus model pull {reference}, or dvc fetch them from where they are",
+        )
+
+    def _place(self, cache: DvcCache, md5: str, source: Path) -> None:
+        quarantine(self._root, cache, md5)
+        cache.add(source, md5)
+
+    def _from_remote(self, remote: DvcRemote, cache: DvcCache, wanted: set[str]) -> list[StorageError]:
+        """Bring what a remote has of the wanted objects, which are then no longer wanted; return what went wrong."""
+        with scratch_folder(self._root, "fetch") as scratch, ThreadPoolExecutor(_TRANSFERS) as pool:
+
+            def fetch(md5: str) -> StorageError | None:
+                arrived = scratch / md5
+                try:
+                    if not remote.fetch(md5, arrived):
+                        return None
+                except StorageError as error:
+                    return error
+                if md5_file(arrived) != md5.removesuffix(".dir"):
+                    return IntegrityError(
+                        f"DVC remote {remote.name} sent {md5} damaged: what arrived is not what its name says",
+                        "proteus model verify --repair where a sound copy is, or push it again",
+                    )
+                self._place(cache, md5, arrived)
+                wanted.discard(md5)
+                return None
+
+            # One first: a remote that can't be reached need not be asked for each.
+            first, *rest = sorted(wanted)
+            failures = [fetch(first)]
+            if failures[0] is None or isinstance(failures[0], IntegrityError):
+                failures += pool.map(fetch, rest)
+        return [failure for failure in failures if failure]
