@@ -20,7 +20,7 @@ from proteus_pipeline.models.reading import (
     DIGESTS_SCHEMA,
     INDEX,
     read_architecture,
-    read_folder,
+    read_files,
     read_json,
     read_weight_map,
 )
@@ -57,7 +57,7 @@ def open_mapped(files: Mapping[str, Path], components: Mapping[str, str], origin
     """
     try:
         if DIGESTS not in files:
-            checkpoint = read_folder(files, origin)
+            checkpoint = read_files(files, origin)
         else:
             architecture = read_architecture(files, origin)
             known, shards = _read_digests(files[DIGESTS]), read_weight_map(files, origin)

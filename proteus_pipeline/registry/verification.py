@@ -279,9 +279,10 @@ class Verification:
         for remote in remotes(self._manager.root):
             try:
                 sizes = {md5: remote.size(md5) for md5 in md5s}
-                present = {md5: size for md5, size in sizes.items() if size is not None}
-                if not present:
-                    continue  # never pushed there, which is no fault
+                files = [size for md5, size in sizes.items() if md5 != pointer.md5]
+                # Never pushed there is no fault; what other versions share with it may be there all the same.
+                if sizes[pointer.md5] is None and not (files and None not in files):
+                    continue
                 for md5, size in sizes.items():
                     if finding := self._remote_object(version, remote, md5, size):
                         yield finding

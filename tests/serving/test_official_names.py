@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from layouts import write_official
+from loopback import Served, serving
 
 from proteus_pipeline import ModelInterface, ModelVersionManager
 from proteus_pipeline.errors import ConfigError, IntegrityError, StorageError, VersionNotFoundError
 from proteus_pipeline.models import download as download_module
 from proteus_pipeline.models.checkpoint import Checkpoint
 from proteus_pipeline.models.reading import read_checkpoint
-
-# The models' own helpers: pytest knows a test's folder only.
-sys.path.append(str(Path(__file__).parents[1] / "models"))
-from layouts import write_official
-from loopback import Served, serving
 
 NAME = "esm2_t33_650M_UR50D"
 
