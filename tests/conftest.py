@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from layouts import make_checkpoint
 
 if TYPE_CHECKING:
     from proteus_pipeline.models.checkpoint import Checkpoint
@@ -66,24 +67,6 @@ def proteins() -> dict[str, str]:
     from proteus_pipeline.sequences.fasta import read_fasta
 
     return {r.id: r.sequence for r in read_fasta(ROOT / "data" / "demo100.fasta")}
-
-
-def make_checkpoint(layers: int = 2, width: int = 32, heads: int = 4, seed: int = 0) -> Checkpoint:
-    """A small ESM-2 of random weights."""
-    import torch
-
-    from proteus_pipeline.models.architecture import Architecture
-    from proteus_pipeline.models.checkpoint import canonical, trunk_shapes
-
-    architecture = Architecture(layers, width, heads, 4 * width)
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {
-        name: torch.randn(shape, generator=generator) * 0.1
-        for name, shape in trunk_shapes(architecture).items()
-        if "inv_freq" not in name
-    }
-    tensors |= {name: t + 1 for name, t in tensors.items() if "norm" in name.lower() and name.endswith("weight")}
-    return canonical(architecture, tensors, "a random model")
 
 
 @pytest.fixture(scope="session")

@@ -56,6 +56,7 @@ def _add_others(these: Any) -> None:
         "measure what SemVer step one version is from another; exit 3 if its number is less",
     )
     check.add_argument("--tolerance", type=float, metavar="X", help="relative drift that a PATCH may have")
+    add_verb(these, "stats", _view("stats"), "registrations, conflicts, rollbacks, deletions, and bytes")
     for verb in (diff, check):
         verb.add_argument("old", metavar="REF")
         verb.add_argument("new", metavar="REF")

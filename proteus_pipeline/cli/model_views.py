@@ -160,3 +160,20 @@ def _print_check(old: str, new: str, measured: Compatibility, *, ok: bool) -> No
             f"  drift on the panel: relative L2 {d.max_relative_l2:.2e} per residue, {d.max_relative_l2_pooled:.2e} pooled; "
             f"least cosine {d.min_cosine:.9f}; a PATCH may have {measured.tolerance:g}"
         )
+
+
+def stats(args: argparse.Namespace) -> int:
+    manager = registry(args)
+    metrics = manager.metrics()
+    if args.json:
+        print_json({"home": str(manager.root)} | metrics.to_json())
+        return 0
+    m = metrics
+    print(f"registry {manager.root}")
+    print(f"  {m.versions} versions of {m.models} models; {m.updates_per_30_days} registered in the last 30 days")
+    print(
+        f"  {m.registrations} registrations, {m.adoptions} adoptions, {m.rollbacks} rollbacks, {m.deletions} deletions, "
+        f"{m.restorations} restorations; {m.conflicts} conflicts in this clone"
+    )
+    print(f"  {m.storage_bytes / 1e6:.1f} MB of weights in the DVC cache, {m.backup_bytes / 1e6:.1f} MB in backups")
+    return 0

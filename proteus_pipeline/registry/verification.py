@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from proteus_pipeline.errors import IntegrityError, ModelError, ProteusError, StorageError, VersionNotFoundError
+from proteus_pipeline.errors import ConfigError, IntegrityError, ModelError, ProteusError, StorageError
 from proteus_pipeline.registry.backups import Backups
 from proteus_pipeline.registry.events import Event, History, parse_tag
 from proteus_pipeline.registry.git import GitError
@@ -99,6 +99,7 @@ class Verification:
         yield from self._backups()
         if self._tag is None:
             yield from self._dependencies(histories)
+            yield from self._lock()
 
     def _tags(self) -> Iterator[Finding]:
         ledger = read_ledger(self._git)
@@ -357,11 +358,35 @@ class Verification:
                         remedy = f"proteus model restore {dependency}, or fetch its tag"
                         yield Finding(reference, "dependencies", MISSING, what, remedy)
 
+    def _lock(self) -> Iterator[Finding]:
+        """Check that models.lock names versions that are here, with the digests they have."""
+        from proteus_pipeline.registry.lock import Locked, read_lock
+
+        remedy = "find out which is right, then: proteus model lock --update"
+        try:
+            locked = read_lock(self._manager.root / "models.lock")
+        except ConfigError as error:
+            yield Finding("models.lock", "lock", DAMAGED, error.what, error.remedy)
+            return
+        for reference, entry in locked.items():
+            name = reference.partition("@")[0]
+            if self._name and name != self._name:
+                continue
+            event = self._manager.history(name).live.get(entry.version)
+            if event is None:
+                what = f"models.lock says that {reference} is v{entry.version}, which is not registered here"
+                yield Finding(
+                    reference, "lock", MISSING, what, f"fetch its tag, or: proteus model pull {name}@v{entry.version}"
+                )
+            elif event.record and entry != Locked(entry.version, event.record.model_digest, event.record.trunk_digest):
+                what = f"models.lock says that {reference} is v{entry.version} with other weights than that version has"
+                yield Finding(reference, "lock", DAMAGED, what, remedy)
+
     def _mended(self, finding: Finding, repair: Callable[[], str]) -> Finding:
         """Return the finding, with what was done about it where something could be."""
         if not self._repair:
             return finding
         try:
             return replace(finding, repaired=repair())
-        except (ProteusError, VersionNotFoundError) as error:
+        except ProteusError as error:
             return replace(finding, remedy=f"{finding.remedy} (not mended: {error.what})")

@@ -70,8 +70,29 @@ class ModelVersionManager(VersionLookup):
 
     Examples
     --------
-    >>> manager = ModelVersionManager("/tmp/does-not-exist-yet")
-    >>> manager.list_versions("esm2_t6_8M_UR50D")
+    `weights` and `tuned` are two fair-esm checkpoints of one model here, and `folder` an empty folder.
+
+    >>> from proteus_pipeline import ModelInterface, VersionConflictError
+    >>> manager = ModelVersionManager(folder / "versions")
+    >>> first = manager.register_version(ModelInterface("lab/esm2", weights=weights), "1.0.0", {"training_data": "UR50D"})
+    >>> second = manager.register_version(ModelInterface("lab/esm2", weights=tuned), bump="auto", reason="two more epochs")
+    >>> [v.reference for v in manager.list_versions("lab/esm2")], second.current
+    (['lab/esm2@v1.0.0', 'lab/esm2@v1.1.0'], True)
+    >>> second.record.compatibility["level"], manager.diff(first.reference, second.reference).tensors[0].kind
+    ('minor', 'changed')
+    >>> manager.rollback("lab/esm2", "1.0.0", reason="1.1.0 loses membrane proteins").current
+    True
+    >>> deletion = manager.delete_version("lab/esm2", "1.1.0")
+    >>> manager.restore_version("lab/esm2", "1.1.0").reference
+    'lab/esm2@v1.1.0'
+    >>> [(e.kind, e.version) for e in manager.history("lab/esm2").events][2:]
+    [('made current', '1.0.0'), ('deleted', '1.1.0'), ('restored', '1.1.0')]
+    >>> try:
+    ...     manager.register_version(ModelInterface("lab/esm2", weights=tuned), "1.0.0")
+    ... except VersionConflictError as error:
+    ...     print(error.exit_code, error.remedy)
+    5 register these as a new version
+    >>> manager.verify()
     []
 
     """

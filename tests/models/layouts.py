@@ -9,10 +9,26 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from proteus_pipeline.models.architecture import ESM2_TOKENS
+from proteus_pipeline.models.architecture import ESM2_TOKENS, Architecture
 
 if TYPE_CHECKING:
     from proteus_pipeline.models.checkpoint import Checkpoint
+
+
+def make_checkpoint(layers: int = 2, width: int = 32, heads: int = 4, seed: int = 0) -> Checkpoint:
+    """A small ESM-2 of random weights."""
+    from proteus_pipeline.models.checkpoint import canonical, trunk_shapes
+
+    architecture = Architecture(layers, width, heads, 4 * width)
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {
+        name: torch.randn(shape, generator=generator) * 0.1
+        for name, shape in trunk_shapes(architecture).items()
+        if "inv_freq" not in name
+    }
+    tensors |= {name: t + 1 for name, t in tensors.items() if "norm" in name.lower() and name.endswith("weight")}
+    return canonical(architecture, tensors, "a random model")
+
 
 # Written out again, so that a mistake in the reader's own table does not cancel out.
 FAIR_NAMES = {

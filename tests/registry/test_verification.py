@@ -12,6 +12,7 @@ from registering import Given, commit, flip
 
 from proteus_pipeline.errors import IntegrityError, ProteusError, StorageError, VersionNotFoundError
 from proteus_pipeline.models.checkpoint import Checkpoint
+from proteus_pipeline.registry.lock import Locked, write_lock
 from proteus_pipeline.registry.records import VersionRecord
 from proteus_pipeline.registry.supply import send
 from proteus_pipeline.registry.verification import Finding
@@ -276,3 +277,18 @@ def test_a_record_that_says_other_weights_than_there_are_is_found(
         manager.get_version("m", "5.0.0").checkpoint  # noqa: B018
     assert caught.value.exit_code == 4
     assert {f.part for f in manager.verify("m@v5.0.0") if f.kind == "damaged"} == {"weights"}
+
+
+def test_a_lock_that_says_something_else_is_found(manager: ModelVersionManager):
+    locked = {
+        "m@1.x": Locked.of(manager.get_version("m", "1.1.0")),
+        "m@latest": Locked("1.1.0", "0" * 32, "0" * 32),
+        "n@current": Locked("1.0.0", "0" * 32, "0" * 32),
+    }
+    write_lock(manager.root / "models.lock", locked)
+    assert [(f.about, f.part, f.exit_code) for f in manager.verify()] == [
+        ("m@latest", "lock", 4),
+        ("n@current", "lock", 3),
+    ]
+    (manager.root / "models.lock").write_text("schema: 9\n")
+    assert [(f.about, f.exit_code) for f in manager.verify()] == [("models.lock", 4)]
