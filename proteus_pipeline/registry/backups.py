@@ -21,6 +21,7 @@ from proteus_pipeline.registry.weights import Objects
 from proteus_pipeline.stores.files import storage_error, write_atomic
 
 SCHEMA = 1
+_RELEASED = ".released"
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ class Backups:
 
         """
         private_folder(self._root)
+        self.objects.sweep()
         for md5 in backup.objects:
             path = source.object(md5)
             if not path.is_file():
@@ -110,15 +112,23 @@ class Backups:
         backup = self.find(reference)
         return backup is not None and all(self.objects.is_sound(md5) for md5 in backup.objects)
 
-    def release(self, reference: str) -> None:
-        """Forget a backup, and remove the objects that no other one needs."""
+    def is_there(self, reference: str) -> bool:
+        """Say whether a version's backup is there with all its objects, which are not read."""
         backup = self.find(reference)
-        if backup is None:
-            return
-        self._path(reference).unlink(missing_ok=True)
-        needed = {md5 for other in self.list() for md5 in other.objects}
-        for md5 in set(backup.objects) - needed:
-            self.objects.object(md5).unlink(missing_ok=True)
+        return backup is not None and all(self.objects.object(md5).exists() for md5 in backup.objects)
+
+    def release(self, reference: str) -> None:
+        """Forget a backup, and remove the objects that no other one needs; within `exclusive`."""
+        path = self._path(reference)
+        if path.exists():
+            path.replace(path.with_suffix(_RELEASED))
+        # Of one that a killed process was releasing, the rest goes too.
+        for released in (self._folder / "versions").glob(f"**/*{_RELEASED}"):
+            backup = self._read(released)
+            needed = {md5 for other in self.list() for md5 in other.objects}
+            for md5 in set(backup.objects if backup else ()) - needed:
+                self.objects.object(md5).unlink(missing_ok=True)
+            released.unlink(missing_ok=True)
 
     @property
     def size(self) -> int:

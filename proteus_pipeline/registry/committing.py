@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from proteus_pipeline.errors import StorageError
 from proteus_pipeline.identity.names import Version
 from proteus_pipeline.registry.artifacts import declare_artifact, declares_artifact
 from proteus_pipeline.registry.events import History
-from proteus_pipeline.registry.git import Git
+from proteus_pipeline.registry.git import TEMPORARY_INDEX, Git
 from proteus_pipeline.registry.pointers import Pointer
 from proteus_pipeline.registry.publishing import author, now_text, tag_time
 from proteus_pipeline.registry.records import VersionRecord
-from proteus_pipeline.registry.refs import publish
-from proteus_pipeline.stores.files import write_atomic
+from proteus_pipeline.registry.refs import exclusive, publish
+from proteus_pipeline.stores.files import storage_error
 
 if TYPE_CHECKING:
     from proteus_pipeline.models.checkpoint import Checkpoint
@@ -89,11 +92,14 @@ class Registration:
         advances = self.branch if self.branch and commit != head else None
         tag = f"{self.name}@v{number}"
         oid = git.make_tag(tag, commit, record.message(), tag_time(history, "registered", number))
-        if not publish(git, {tag: oid}, (advances.ref, commit, advances.commit) if advances else None):
-            return False
-        if advances:
-            bring_along(git, files)
-        return True
+        if not advances:
+            return publish(git, {tag: oid})
+        clean_branch(git, self.name)  # storing weights takes minutes, in which somebody may have edited
+        with _brought_along(git, files) as bring:
+            made = publish(git, {tag: oid}, (advances.ref, commit, advances.commit))
+            if made:
+                bring()
+        return made
 
     def _files(self, git: Git, head: str | None, record: VersionRecord) -> dict[str, str]:
         """Return the files that a commit of this version has, and HEAD has not."""
@@ -143,11 +149,58 @@ def touched(name: str) -> tuple[str, str, str]:
     return str(path), "dvc.yaml", str(path.with_name(".gitignore"))
 
 
-def bring_along(git: Git, files: Mapping[str, str]) -> None:
-    """Put files that a branch's new commit changed into the index and the working tree, which were clean there."""
-    git.stage_files(files)
-    for path, text in files.items():
-        write_atomic(git.root / path, text.encode())
+@contextmanager
+def _brought_along(git: Git, files: Mapping[str, str]) -> Iterator[Callable[[], None]]:
+    """Keep git's index locked, and yield what puts files into the working tree and the index, which are clean there.
+
+    All that can fail beforehand does: the body publishes. Within `exclusive`, which clears away what a killed process
+    left here: temporary files beside the index, and the lock, which is a second name of one of them.
+
+    Raises
+    ------
+    StorageError
+        When another git has the index locked, or something can't be written.
+
+    """
+    index = Path(git.run("rev-parse", "--path-format=absolute", "--git-path", "index"))
+    lock = index.with_name("index.lock")
+    held, staged = (git.folder() / f"{TEMPORARY_INDEX}{secrets.token_hex(8)}" for _ in range(2))
+    try:
+        held.touch()
+        lock.hardlink_to(held)
+    except FileExistsError as error:
+        held.unlink()
+        raise StorageError(
+            f"another git works in {git.root}: {lock} is there",
+            "wait for it to end; if there is none, remove that file",
+        ) from error
+    except OSError as error:
+        held.unlink(missing_ok=True)
+        raise storage_error("write", lock, error) from error
+    placed: dict[Path, Path] = {}
+    try:
+        if index.exists():
+            shutil.copyfile(index, staged)
+        git.stage_files(files, env={"GIT_INDEX_FILE": str(staged)})
+        for path, text in files.items():
+            placed[git.root / path] = staged.with_name(f"{TEMPORARY_INDEX}{secrets.token_hex(8)}")
+            placed[git.root / path].write_text(text, encoding="utf-8", newline="")
+
+        def bring() -> None:
+            for path, new in placed.items():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                shutil.move(new, path)  # a rename, but for a worktree on another disk
+            staged.replace(index)
+
+        yield bring
+    except OSError as error:
+        if isinstance(error, StorageError):
+            raise
+        raise storage_error("write", git.root, error) from error
+    finally:
+        lock.unlink(missing_ok=True)
+        for temporary in (held, staged, *placed.values()):
+            temporary.unlink(missing_ok=True)
 
 
 def follow(git: Git, tag_commit: str, name: str) -> None:
@@ -162,26 +215,33 @@ def follow(git: Git, tag_commit: str, name: str) -> None:
     ref = git.try_run("symbolic-ref", "--quiet", "HEAD")
     if ref is None:
         raise StorageError(f"no branch is checked out in {git.root}", "git switch to one, or leave --on-branch out")
-    head = git.head()
-    if head == git.try_run("rev-parse", "--verify", "--quiet", f"{tag_commit}^"):
-        clean_branch(git, name)
-        git.run("update-ref", ref, tag_commit, head or "")
-    elif head != tag_commit:
-        if git.try_run("merge-base", "--is-ancestor", tag_commit, "HEAD") is None:
-            raise StorageError(
-                f"{ref.removeprefix('refs/heads/')} has moved on since the tag was made", f"git merge {tag_commit[:12]}"
-            )
-        return
-    paths = touched(name)
-    now = git.read_objects([f"{tag_commit}:{path}" for path in paths])
-    before = git.read_objects([f"{tag_commit}^:{path}" for path in paths])
-    staged = git.read_objects([f":{path}" for path in paths])
-    behind = {
-        path: new.data.decode()
-        for path, new, old, index in zip(paths, now, before, staged, strict=True)
-        if new and new != old and index == old and _on_disk(git, path) == (old.data if old else None)
-    }
-    bring_along(git, behind)
+    with exclusive(git):
+        head = git.head()
+        advances = head == git.try_run("rev-parse", "--verify", "--quiet", f"{tag_commit}^")
+        if advances:
+            clean_branch(git, name)
+        elif head != tag_commit:
+            if git.try_run("merge-base", "--is-ancestor", tag_commit, "HEAD") is None:
+                raise StorageError(
+                    f"{ref.removeprefix('refs/heads/')} has moved on since the tag was made",
+                    f"git merge {tag_commit[:12]}",
+                )
+            return
+        paths = touched(name)
+        now = git.read_objects([f"{tag_commit}:{path}" for path in paths])
+        before = git.read_objects([f"{tag_commit}^:{path}" for path in paths])
+        staged = git.read_objects([f":{path}" for path in paths])
+        behind = {
+            path: new.data.decode()
+            for path, new, old, index in zip(paths, now, before, staged, strict=True)
+            # The working tree is written before the index.
+            if new and new != old and index == old and _on_disk(git, path) in {old.data if old else None, new.data}
+        }
+        if behind or advances:
+            with _brought_along(git, behind) as bring:
+                if advances:
+                    publish(git, {}, (ref, tag_commit, head))
+                bring()
 
 
 def _on_disk(git: Git, path: str) -> bytes | None:

@@ -43,6 +43,10 @@ class GitError(StorageError):
     """Git refused; `what` holds its own words."""
 
 
+class GitKilledError(GitError):
+    """Git was killed, and so may have left its locks, and half of what it was to do."""
+
+
 class Git:
     """One repository, by its top folder.
 
@@ -105,6 +109,8 @@ class Git:
             raise StorageError("git is not installed, or the folder is gone", f"look at {self.root}") from error
         except subprocess.TimeoutExpired as error:
             raise GitError(f"git {args[0]} took over {timeout_s:g} s", "check the remote") from error
+        if done.returncode < 0:
+            raise GitKilledError(f"git {args[0]} was killed by signal {-done.returncode}", "run the command again")
         if done.returncode:
             lines = done.stderr.decode("utf-8", "replace").strip().splitlines() or [f"exit {done.returncode}"]
             # What went wrong; git's advice comes after it.

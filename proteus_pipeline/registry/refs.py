@@ -17,12 +17,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from proteus_pipeline.errors import StorageError
-from proteus_pipeline.registry.git import TEMPORARY_INDEX, Git, GitError
+from proteus_pipeline.registry.git import TEMPORARY_INDEX, Git, GitError, GitKilledError
 
 LEDGER = "refs/proteus/ledger/"
 _LOCK = "proteus.lock"
 _JOURNAL = "proteus.journal"
 _NOTHING = "0" * 40
+# Git takes a ref's lock as soon as it starts, and holds it for milliseconds.
+_STARTS_WITHIN_S = 10.0
+_STANDS_STILL_S = 1.0
 # A registry change holds the lock for some git commands, some tenths of a second; weights are stored outside it.
 _PATIENCE_S = 60.0
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS}
@@ -53,27 +56,29 @@ def exclusive(git: Git) -> Iterator[None]:
             f"{folder} can't be written ({error.strerror})", "check its permissions and space"
         ) from error
     try:
-        _wait_for(descriptor, folder)
+        alone = _wait_for(descriptor, folder)
         git.held = (descriptor,)
-        _clear_leftovers(folder)
+        if alone:
+            _recover(git, folder)
         yield
     finally:
         git.held = ()
         os.close(descriptor)
 
 
-def _wait_for(descriptor: int, folder: Path) -> None:
+def _wait_for(descriptor: int, folder: Path) -> bool:
+    """Wait for the lock; False on a file system without locks, where git's own still decide every race."""
     until = time.monotonic() + _PATIENCE_S
     while True:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in _NO_LOCKS:
-                return  # a file system without locks: git's own still decide every race
+                return False
             if error.errno not in {errno.EAGAIN, errno.EACCES}:
                 raise StorageError(f"{folder / _LOCK} can't be locked ({error.strerror})", "check the disk") from error
         else:
-            return
+            return True
         if time.monotonic() > until:
             raise StorageError(
                 f"another process has been changing the registry in {folder} for over {_PATIENCE_S:.0f} s",
@@ -82,17 +87,49 @@ def _wait_for(descriptor: int, folder: Path) -> None:
         time.sleep(0.01)
 
 
-def _clear_leftovers(folder: Path) -> None:
-    """Remove what a process that was killed in here left: temporary indexes, and git's locks of the refs it was writing."""
+def _recover(git: Git, folder: Path) -> None:
+    """Clear away what a process that was killed in here left, and complete a tag that it had entered in the ledger."""
     for path in folder.glob(f"{TEMPORARY_INDEX}*"):
+        # Of a lock that was taken of git's index, the file is a second name.
+        for lock in (folder / "index.lock", *folder.glob("worktrees/*/index.lock")):
+            with suppress(FileNotFoundError):
+                if lock.samefile(path):
+                    lock.unlink()
         path.unlink(missing_ok=True)
     journal = folder / _JOURNAL
+    try:
+        began, text = journal.stat().st_mtime, journal.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return
+    written = dict(line.partition(" ")[::2] for line in text.split("\n") if _is_ref(line.partition(" ")[0]))
+    for ref, oid in written.items():
+        _unlock(folder, ref, oid, began)
+    for ref, oid in written.items():
+        tag = ref.removeprefix("refs/tags/")
+        if tag != ref and oid and git.try_run("rev-parse", "--verify", "--quiet", LEDGER + tag) == oid:
+            git.try_run("update-ref", ref, oid, _NOTHING)
+    journal.unlink(missing_ok=True)
+
+
+def _is_ref(name: str) -> bool:
+    """Say whether a journal may mean this: a damaged one must not lead elsewhere."""
+    head = name == "HEAD" or (name.startswith("worktrees/") and name.endswith("/HEAD"))
+    return (head or name.startswith("refs/")) and ".." not in name
+
+
+def _unlock(folder: Path, ref: str, oid: str, began: float) -> None:
+    """Remove the lock of a ref that git was killed over."""
+    lock = folder / f"{ref}.lock"
     with suppress(FileNotFoundError):
-        for ref in journal.read_text(encoding="utf-8").split("\n"):
-            # Only refs are ever written there; a damaged journal may not lead out of refs/.
-            if ref.startswith("refs/") and ".." not in ref:
-                (folder / f"{ref}.lock").unlink(missing_ok=True)
-        journal.unlink(missing_ok=True)
+        if not ref.startswith(("refs/tags/", LEDGER)):
+            # A branch is the user's too: what is not ours, or not yet a second old, may be a living git's.
+            first = lock.stat()
+            if not began <= first.st_mtime <= began + _STARTS_WITHIN_S or lock.read_text().strip() not in {"", oid}:
+                return
+            time.sleep(max(0.0, _STANDS_STILL_S - (time.time() - first.st_mtime)))
+            if (lock.stat().st_ino, lock.stat().st_mtime_ns) != (first.st_ino, first.st_mtime_ns):
+                return
+        lock.unlink()
 
 
 def publish(git: Git, tags: Mapping[str, str], branch: tuple[str, str, str | None] | None = None) -> bool:
@@ -111,38 +148,53 @@ def publish(git: Git, tags: Mapping[str, str], branch: tuple[str, str, str | Non
         When git can't write, or the branch has moved meanwhile.
 
     """
-    lines, refs = [], []
+    lines, refs = [], {}
     for tag, oid in tags.items():
         # The ledger first: a tag without an entry could be moved unseen.
         for ref in (LEDGER + tag, f"refs/tags/{tag}"):
-            refs.append(ref)
+            refs[ref] = oid
             lines.append(f"create {ref} {oid}\n")
-    if branch:
-        ref, new, old = branch
-        lines.append(f"update {ref} {new} {old or _NOTHING}\n")
+    locked = dict(refs)
     with exclusive(git):
-        journal = git.folder() / _JOURNAL
-        _write_journal(journal, refs)
+        if branch:
+            ref, new, old = branch
+            lines.append(f"update {ref} {new} {old or _NOTHING}\n")
+            here = Path(git.run("rev-parse", "--path-format=absolute", "--git-dir"))
+            # Git locks HEAD along with the branch that it is at.
+            locked |= {ref: new, (here.relative_to(git.folder()) / "HEAD").as_posix(): ""}
         try:
-            git.run("update-ref", "--stdin", data="".join(lines))
+            with _journal(git, locked):
+                git.run("update-ref", "--stdin", data="".join(lines))
         except GitError as error:
             if any(git.try_run("rev-parse", "--verify", "--quiet", ref) for ref in refs):
                 return False
             if branch and "cannot lock ref" in error.what and branch[0] in error.what:
                 raise StorageError(
-                    f"{branch[0]} moved while its next commit was made", "run the command again"
+                    f"{branch[0]} is locked, or moved while its next commit was made: {error.what}",
+                    "run the command again",
                 ) from error
             raise
-        finally:
-            journal.unlink(missing_ok=True)
     return True
 
 
-def _write_journal(journal: Path, refs: list[str]) -> None:
+@contextmanager
+def _journal(git: Git, refs: Mapping[str, str]) -> Iterator[None]:
+    """Write down which refs git is about to write, and what, so that `_recover` knows; within `exclusive`."""
+    folder = git.folder()
+    journal = folder / _JOURNAL
     try:
-        journal.write_text("\n".join(refs), encoding="utf-8")
+        journal.write_text("\n".join(f"{ref} {oid}" for ref, oid in refs.items()), encoding="utf-8")
     except OSError as error:
         raise StorageError(f"{journal} can't be written ({error.strerror})", "check permissions and space") from error
+    try:
+        yield
+    except BaseException as error:
+        # A git that refuses has cleared up after itself; one that was killed, by a Ctrl-C here for one, has not.
+        if not isinstance(error, GitError) or isinstance(error, GitKilledError):
+            _recover(git, folder)
+        raise
+    finally:
+        journal.unlink(missing_ok=True)
 
 
 def read_ledger(git: Git) -> dict[str, str]:
@@ -159,5 +211,6 @@ def enter(git: Git, tag: str, oid: str) -> None:
 
 def put_back(git: Git, tag: str, oid: str) -> None:
     """Point a tag to the object that the ledger has for it."""
-    with exclusive(git):
-        git.run("update-ref", f"refs/tags/{tag}", oid)
+    ref = f"refs/tags/{tag}"
+    with exclusive(git), _journal(git, {ref: oid}):
+        git.run("update-ref", ref, oid)

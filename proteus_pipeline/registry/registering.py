@@ -22,6 +22,7 @@ from proteus_pipeline.registry.git import Git
 from proteus_pipeline.registry.pointers import Pointer
 from proteus_pipeline.registry.refs import LEDGER, exclusive, put_back
 from proteus_pipeline.registry.version import ModelVersion
+from proteus_pipeline.registry.weights import DvcCache
 
 if TYPE_CHECKING:
     from proteus_pipeline.models.checkpoint import Checkpoint
@@ -82,6 +83,8 @@ def register(manager: ModelVersionManager, request: Request, model: RegistrableM
     pointer, weights = request.stored or manager.store_weights(name, checkpoint)
     registration = Registration(name, checkpoint, pointer, weights, given, branch)
     with exclusive(git):
+        if DvcCache(manager.root).files(pointer) is None:
+            manager.store_weights(name, checkpoint)  # a version that shared them was deleted meanwhile
         history = manager.history(name)
         number = number or _bumped(history, request.bump, measured)
         made = number not in history.known and registration.tag(git, history, number)

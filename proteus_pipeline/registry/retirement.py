@@ -118,6 +118,9 @@ def delete(
         history = manager.history(name)
         deletion = _refuse_needed(manager, name, number, force=force)
         if not deletion.done:
+            if manager.backup_enabled and not Backups(manager.root).is_there(deletion.reference):
+                # Its objects went with a backup that was released meanwhile.
+                back_up(manager, manager.version_of(history, number))
             details = {"backup": manager.backup_enabled, "forced": list(deletion.needed)}
             publish_event(git, history, "deleted", history.known[number], reason=reason, details=details)
             manager.count("deleted")
@@ -181,7 +184,7 @@ def restore(manager: ModelVersionManager, name: str, number: str, *, reason: str
         if number not in history.live:
             publish_event(git, history, "restored", history.known[number], reason=reason)
             manager.count("restored")
-    Backups(manager.root).release(version.reference)
+        Backups(manager.root).release(version.reference)
     return manager.get_version(name, number)
 
 

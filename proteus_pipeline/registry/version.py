@@ -12,7 +12,7 @@ from proteus_pipeline.registry.git import Git
 from proteus_pipeline.registry.pointers import Pointer, pointer_at
 from proteus_pipeline.registry.records import VersionRecord
 from proteus_pipeline.registry.refs import LEDGER, enter
-from proteus_pipeline.registry.supply import supply
+from proteus_pipeline.registry.weights import DvcCache
 
 if TYPE_CHECKING:
     from proteus_pipeline.models.checkpoint import Checkpoint
@@ -99,6 +99,10 @@ class ModelVersion:
             When they are neither in the cache, nor in a backup or a remote.
 
         """
+        if files := DvcCache(self.root).files(self.pointer):
+            return files
+        from proteus_pipeline.registry.supply import supply
+
         return supply(self.root, self.pointer, self.reference)
 
     @cached_property

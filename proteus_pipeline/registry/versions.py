@@ -1,4 +1,7 @@
-"""The registry: model versions as annotated git tags that point to DVC-tracked weights."""
+"""The registry: model versions as annotated git tags that point to DVC-tracked weights.
+
+What changes a registry is imported when it is asked for: most processes only look a version up and map its weights.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from proteus_pipeline.errors import ConfigError
 from proteus_pipeline.identity.names import Reference, Version, check_name
-from proteus_pipeline.registry import retirement
-from proteus_pipeline.registry.activity import VersionMetrics, count_event, measure_activity
 from proteus_pipeline.registry.home import scratch_folder
 from proteus_pipeline.registry.lookup import VersionLookup
 from proteus_pipeline.registry.places import DEFAULT_HOME
@@ -17,12 +18,12 @@ from proteus_pipeline.registry.pointers import Pointer
 from proteus_pipeline.registry.publishing import publish_event
 from proteus_pipeline.registry.records import json_like
 from proteus_pipeline.registry.refs import exclusive
-from proteus_pipeline.registry.registering import Request, number_of, register
 from proteus_pipeline.registry.version import ModelVersion
 from proteus_pipeline.registry.weights import DvcCache
 
 if TYPE_CHECKING:
     from proteus_pipeline.models.checkpoint import Checkpoint
+    from proteus_pipeline.registry.activity import VersionMetrics
     from proteus_pipeline.registry.compatibility import Compatibility
     from proteus_pipeline.registry.differences import VersionDifference
     from proteus_pipeline.registry.retirement import Deletion
@@ -184,6 +185,8 @@ class ModelVersionManager(VersionLookup):
             When the weights can't be read or stored.
 
         """
+        from proteus_pipeline.registry.registering import Request, number_of, register
+
         number = number_of(version, bump)
         request = Request(
             name=check_name(model.name),
@@ -264,6 +267,8 @@ class ModelVersionManager(VersionLookup):
             When its weights can't be had, or are not what its record says; what was current stays so.
 
         """
+        from proteus_pipeline.registry import retirement
+
         git, target = self.ensure_home(), self.get_version(model_name, version)
         retirement.check_bytes(self, target)
         with exclusive(git):
@@ -290,11 +295,15 @@ class ModelVersionManager(VersionLookup):
             When it can't be backed up; nothing is deleted then.
 
         """
+        from proteus_pipeline.registry import retirement
+
         name, number = check_name(model_name), Version.parse(version).text
         return retirement.delete(self, name, number, reason=reason, force=force)
 
     def plan_deletion(self, model_name: str, version: str) -> Deletion:
         """Return what `delete_version` would do."""
+        from proteus_pipeline.registry import retirement
+
         name, number = check_name(model_name), Version.parse(version).text
         return retirement.plan(self, self.history(name), [number])[0]
 
@@ -309,6 +318,8 @@ class ModelVersionManager(VersionLookup):
             When its weights can't be had, or are not what its record says.
 
         """
+        from proteus_pipeline.registry import retirement
+
         name, number = check_name(model_name), Version.parse(version).text
         return retirement.restore(self, name, number, reason=reason)
 
@@ -325,6 +336,8 @@ class ModelVersionManager(VersionLookup):
             As `delete_version`.
 
         """
+        from proteus_pipeline.registry import retirement
+
         name = check_name(model_name)
         if keep < 1:
             raise ConfigError(f"keep is {keep}", "keep 1 or more")
@@ -377,8 +390,12 @@ class ModelVersionManager(VersionLookup):
 
     def metrics(self) -> VersionMetrics:
         """Return how the registry was used: registrations, conflicts, rollbacks, deletions, bytes."""
+        from proteus_pipeline.registry.activity import measure_activity
+
         return measure_activity(self.root, self.histories())
 
     def count(self, event: str) -> None:
         """Count what leaves no tag."""
+        from proteus_pipeline.registry.activity import count_event
+
         count_event(self.root, event)

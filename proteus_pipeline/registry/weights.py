@@ -15,7 +15,9 @@ import os
 import re
 import secrets
 import shutil
+import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -23,11 +25,19 @@ import platformdirs
 
 from proteus_pipeline.errors import IntegrityError, StorageError
 from proteus_pipeline.registry.pointers import Pointer
-from proteus_pipeline.stores.files import atomic_path, md5_file, sha256_file, storage_error, write_atomic
+from proteus_pipeline.stores.files import (
+    TEMPORARY_PREFIX,
+    atomic_path,
+    md5_file,
+    sha256_file,
+    storage_error,
+    write_atomic,
+)
 
 _MD5 = re.compile(r"[0-9a-f]{32}")
 # A value as DVC's configuration writes it: in quotes where it holds a comma or a #.
 _REMOTE = re.compile(r"""'?remote "(?P<name>[^"]+)"'?""")
+_ABANDONED_S = 3600.0
 _VALUE = re.compile(r"""(["'])(?P<quoted>.*?)\1|(?P<bare>[^#]*)""")
 
 
@@ -84,6 +94,13 @@ class Objects:
                 raise IntegrityError(
                     f"{source} does not hold {md5}", "its disk or its writer damaged it: look for a copy"
                 )
+
+    def sweep(self) -> None:
+        """Remove temporary files that killed processes left: those that nobody has written to for an hour."""
+        for path in self.folder.glob(f"*/{TEMPORARY_PREFIX}*"):
+            with suppress(OSError):
+                if time.time() - path.stat().st_mtime >= _ABANDONED_S:
+                    path.unlink()
 
     def take_out(self, md5: str, target: Path) -> None:
         """Move an object to `target`, on whatever disk that is.
@@ -194,6 +211,7 @@ class DvcCache(Objects):
 
         They are copied, or moved where the folder is `ours`: a scratch folder of this process.
         """
+        self.sweep()
         entries, size = [], 0
         names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
         total = sha256_of({relative: folder / relative for relative in names})
