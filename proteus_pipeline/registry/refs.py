@@ -168,10 +168,10 @@ def publish(git: Git, tags: Mapping[str, str], branch: tuple[str, str, str | Non
         except GitError as error:
             if any(git.try_run("rev-parse", "--verify", "--quiet", ref) for ref in refs):
                 return False
-            if branch and "cannot lock ref" in error.what and branch[0] in error.what:
+            moved = branch and f"cannot lock ref '{branch[0]}'" in error.what and ".lock" not in error.what
+            if branch and moved:
                 raise StorageError(
-                    f"{branch[0]} is locked, or moved while its next commit was made: {error.what}",
-                    "run the command again",
+                    f"{branch[0]} moved while its next commit was made", "run the command again"
                 ) from error
             raise
     return True

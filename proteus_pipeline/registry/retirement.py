@@ -182,6 +182,7 @@ def restore(manager: ModelVersionManager, name: str, number: str, *, reason: str
     with exclusive(git):
         history = manager.history(name)
         if number not in history.live:
+            supply(manager.root, version.pointer, version.reference)  # what it shares may have been dropped meanwhile
             publish_event(git, history, "restored", history.known[number], reason=reason)
             manager.count("restored")
         Backups(manager.root).release(version.reference)
