@@ -11,6 +11,7 @@ Versions share what they have in common, as in the cache.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -75,16 +76,22 @@ class Backups:
         """
         private_folder(self._root)
         self.objects.sweep()
-        for md5 in backup.objects:
-            path = source.object(md5)
-            if not path.is_file():
-                raise StorageError(
-                    f"{backup.reference} can't be backed up: {md5} is not in the DVC cache",
-                    f"proteus model pull {backup.reference}",
-                )
-            self.objects.add(path, md5)
-        body = json.dumps({"schema": SCHEMA} | asdict(backup), indent=1, sort_keys=True, ensure_ascii=False)
-        write_atomic(self._path(backup.reference), f"{body}\n".encode())
+        missing = [md5 for md5 in backup.objects if not source.object(md5).is_file()]
+        if missing:
+            raise StorageError(
+                f"{backup.reference} can't be backed up: {missing[0]} is not in the DVC cache",
+                f"proteus model pull {backup.reference}",
+            )
+        added = [md5 for md5 in backup.objects if not self.objects.object(md5).exists()]
+        try:
+            for md5 in backup.objects:
+                self.objects.add(source.object(md5), md5)
+            body = json.dumps({"schema": SCHEMA} | asdict(backup), indent=1, sort_keys=True, ensure_ascii=False)
+            write_atomic(self._path(backup.reference), f"{body}\n".encode())
+        except BaseException:
+            # A disk that is full should not stay so for half a backup.
+            self._remove(added)
+            raise
 
     def find(self, reference: str) -> Backup | None:
         """Return a version's backup, or None; what it says is not checked against the objects.
@@ -125,10 +132,14 @@ class Backups:
         # Of one that a killed process was releasing, the rest goes too.
         for released in (self._folder / "versions").glob(f"**/*{_RELEASED}"):
             backup = self._read(released)
-            needed = {md5 for other in self.list() for md5 in other.objects}
-            for md5 in set(backup.objects if backup else ()) - needed:
-                self.objects.object(md5).unlink(missing_ok=True)
+            self._remove(backup.objects if backup else ())
             released.unlink(missing_ok=True)
+
+    def _remove(self, md5s: Iterable[str]) -> None:
+        """Remove objects that no backup needs."""
+        needed = {md5 for other in self.list() for md5 in other.objects}
+        for md5 in set(md5s) - needed:
+            self.objects.object(md5).unlink(missing_ok=True)
 
     @property
     def size(self) -> int:

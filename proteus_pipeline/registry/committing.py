@@ -134,7 +134,9 @@ def clean_branch(git: Git, name: str) -> Branch:
     if ref is None:
         raise StorageError(f"no branch is checked out in {git.root}", "git switch to one, or leave --on-branch out")
     paths = touched(name)
-    changed = git.run("status", "--porcelain", "--untracked-files=all", "--", *paths)
+    # Without git's refreshing its index meanwhile: a kill would leave the index locked.
+    unlocked = {"GIT_OPTIONAL_LOCKS": "0"}
+    changed = git.run("status", "--porcelain", "--untracked-files=all", "--", *paths, env=unlocked)
     if changed:
         raise StorageError(
             f"{changed.split(maxsplit=1)[1].splitlines()[0]} has changes that are not committed",

@@ -98,7 +98,7 @@ def _recover(git: Git, folder: Path) -> None:
         path.unlink(missing_ok=True)
     journal = folder / _JOURNAL
     try:
-        began, text = journal.stat().st_mtime, journal.read_text(encoding="utf-8")
+        began, text = journal.stat().st_mtime, journal.read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
         return
     written = dict(line.partition(" ")[::2] for line in text.split("\n") if _is_ref(line.partition(" ")[0]))
@@ -185,6 +185,7 @@ def _journal(git: Git, refs: Mapping[str, str]) -> Iterator[None]:
     try:
         journal.write_text("\n".join(f"{ref} {oid}" for ref, oid in refs.items()), encoding="utf-8")
     except OSError as error:
+        journal.unlink(missing_ok=True)
         raise StorageError(f"{journal} can't be written ({error.strerror})", "check permissions and space") from error
     try:
         yield
