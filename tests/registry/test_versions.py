@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from registering import Given, commit
 from proteus_pipeline.errors import (
     ConfigError,
     InvalidVersionError,
-    ProteusError,
     StorageError,
     VersionConflictError,
     VersionNotFoundError,
@@ -299,40 +297,6 @@ def test_tags_that_are_no_versions_disturb_nothing(manager: ModelVersionManager,
     for tag in ("v1.0", "m@v01.0.0", "m@v1.0.0-01", "m#prod#1", "release"):
         git(repository, "tag", tag)
     assert [v.reference for found in manager.list_models().values() for v in found] == ["m@v1.0.0"]
-
-
-RACERS, ROUNDS = 4, 5
-
-
-def race(root: Path, checkpoint: Checkpoint, barrier: Any, results: Any) -> None:
-    manager = ModelVersionManager(root)
-    for number in range(ROUNDS):
-        barrier.wait(60)
-        try:
-            version = manager.register_version(Given("m", checkpoint), f"1.{number}.0")
-            results.put((number, "won", version.record.model_digest if version.record else ""))
-        except ProteusError as error:
-            results.put((number, type(error).__name__, str(error)))
-
-
-def test_of_those_who_race_for_a_version_one_wins_and_the_others_are_told(repository: Path):
-    fork = multiprocessing.get_context("fork")
-    barrier, results = fork.Barrier(RACERS), fork.Queue()
-    models = [make_checkpoint(seed=10 + i) for i in range(RACERS)]
-    racers = [fork.Process(target=race, args=(repository, model, barrier, results)) for model in models]
-    for racer in racers:
-        racer.start()
-    outcomes = [results.get(timeout=60) for _ in range(RACERS * ROUNDS)]
-    for racer in racers:
-        racer.join(60)
-    manager = ModelVersionManager(repository)
-    for number in range(ROUNDS):
-        kinds = sorted(kind for n, kind, _ in outcomes if n == number)
-        assert kinds == ["VersionConflictError"] * (RACERS - 1) + ["won"], outcomes
-        [digest] = [text for n, kind, text in outcomes if n == number and kind == "won"]
-        assert manager.get_version("m", f"1.{number}.0").checkpoint.model_digest == digest
-        assert all(digest in text for n, kind, text in outcomes if n == number and kind != "won")
-    assert git(repository, "status", "--porcelain") == ""
 
 
 def test_a_home_of_its_own_is_made_by_a_registration_and_not_by_reading(tmp_path: Path, tiny: Checkpoint):
