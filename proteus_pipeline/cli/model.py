@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 
-from proteus_pipeline.cli.verbs import add_verb, facts, home, print_json, registry
+from proteus_pipeline.cli.verbs import add_verb, facts, home, lookup, print_json
 
 TYPE_CHECKING = False  # typing takes 5 ms to import, a tenth of what the listing may take
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-    from proteus_pipeline.registry.versions import ModelVersionManager
+    from proteus_pipeline.registry.lookup import VersionLookup
 
 _EPILOG = """\
 REF is a version: exact, NAME@v1.2.3, or floating, NAME, NAME@latest, NAME@1.x, which means what it means now.
@@ -81,22 +81,22 @@ def _list(args: argparse.Namespace) -> int:
     root = home(args)
     lines = None
     if not args.json and (root / ".git").exists():
-        lines = listed(root, args.name, lambda: _lines(registry(args)))
+        lines = listed(root, args.name, lambda *names: _lines(lookup(args), *names))
     if lines is None or (args.name and not lines):
-        return _list_anew(args, registry(args))
+        return _list_anew(args, lookup(args))
     _print(str(root), lines)
     return 0
 
 
-def _list_anew(args: argparse.Namespace, manager: ModelVersionManager) -> int:
-    models = {args.name: manager.list_versions(args.name)} if args.name else manager.list_models()
+def _list_anew(args: argparse.Namespace, registry: VersionLookup) -> int:
+    models = {args.name: registry.list_versions(args.name)} if args.name else registry.list_models()
     versions = [version for found in models.values() for version in found]
     if args.name and not versions:
-        manager.resolve(args.name)  # raises the error that says what there is
+        registry.resolve(args.name)  # raises the error that says what there is
     if args.json:
-        print_json({"home": str(manager.root), "versions": [facts(v) for v in versions]})
+        print_json({"home": str(registry.root), "versions": [facts(v) for v in versions]})
     else:
-        _print(str(manager.root), [line for name, line in _lines(manager) if args.name in {None, name}])
+        _print(str(registry.root), [line for name, line in _lines(registry) if args.name in {None, name}])
     return 0
 
 
@@ -105,10 +105,11 @@ def _print(root: str, lines: list[str]) -> None:
     print("\n".join([f"models in {root}", *(lines or [none])]))
 
 
-def _lines(manager: ModelVersionManager) -> list[tuple[str, str]]:
-    """Return a line for each live version, with its model."""
+def _lines(registry: VersionLookup, *names: str) -> list[tuple[str, str]]:
+    """Return a line for each live version, with its model: of some models, or of all."""
     lines = []
-    for name, versions in manager.list_models().items():
+    models = {name: registry.list_versions(name) for name in names} if names else registry.list_models()
+    for name, versions in models.items():
         for v in versions:
             size = "damaged record" if v.damage else f"no record; proteus model adopt {v.reference}"
             if v.record:

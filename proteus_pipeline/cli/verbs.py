@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
+    from proteus_pipeline.registry.lookup import VersionLookup
     from proteus_pipeline.registry.version import ModelVersion
     from proteus_pipeline.registry.versions import ModelVersionManager
 
@@ -43,6 +44,13 @@ def registry(args: argparse.Namespace, *, create: bool = False, **options: Any) 
     from proteus_pipeline.registry.versions import ModelVersionManager
 
     return ModelVersionManager(home(args, create=create), **options)
+
+
+def lookup(args: argparse.Namespace) -> VersionLookup:
+    """Return the registry in `home` to read only: what changes one takes as long to import as a quick command may take."""
+    from proteus_pipeline.registry.lookup import VersionLookup
+
+    return VersionLookup(home(args))
 
 
 def print_json(value: object) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from functools import total_ordering
+from functools import cache, total_ordering
 
 import semver
 
@@ -74,7 +74,7 @@ class Version:
 
     @property
     def semver(self) -> semver.Version:
-        return semver.Version.parse(self.text)
+        return _parsed(self.text)
 
     def __lt__(self, other: Version) -> bool:
         mine, theirs = self.semver, other.semver
@@ -84,6 +84,12 @@ class Version:
 
     def __str__(self) -> str:
         return self.text
+
+
+@cache
+def _parsed(text: str) -> semver.Version:
+    """Return a version's parts, taken apart once: sorting asks for them again and again."""
+    return semver.Version.parse(text)
 
 
 def _nearest(text: str) -> str:

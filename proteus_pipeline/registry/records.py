@@ -39,7 +39,8 @@ class VersionRecord:
     sequence
         The place of this event among the model's events, from 1: tag times are too coarse to order by.
     model_digest, components
-        The model's digest, and each component's by name (``trunk`` always).
+        The model's digest, and each component's by name (``trunk`` always). The tag leaves out the model's, which the
+        components' come to: of a thousand bytes that a version costs in git, it is thirty.
     architecture
         What enters the components' digests beside the tensors.
     weights
@@ -90,7 +91,10 @@ class VersionRecord:
 
     def message(self) -> str:
         """Return the tag's message."""
-        return _message(f"Register {self.name} {self.version}", _RECORD, asdict(self))
+        value = asdict(self)
+        if self.model_digest == digests.of_model(self.components):
+            del value["model_digest"]
+        return _message(f"Register {self.name} {self.version}", _RECORD, value)
 
 
 @dataclass(frozen=True)
@@ -143,6 +147,8 @@ def read_record(message: str, tag: str) -> VersionRecord | None:
         return None
     try:
         value["dependencies"] = tuple(value.get("dependencies", ()))
+        if "model_digest" not in value:
+            value["model_digest"] = digests.of_model(value["components"])
         record = VersionRecord(**value)
         texts = (record.components["trunk"], record.weights["md5"], record.model_digest, *record.dependencies)
         whole = all(isinstance(t, str) for t in texts) and isinstance(record.sequence, int) and record.size >= 0

@@ -41,6 +41,35 @@ def test_lines_are_made_once_for_the_same_tags(repository: Path, lines_of: Calla
     assert listed(repository, "m", lines_of) == ["m@v1 made 4"]
 
 
+def test_only_the_models_whose_tags_changed_are_made_anew(repository: Path):
+    asked: list[tuple[str, ...]] = []
+
+    def lines_of(*names: str) -> list[tuple[str, str]]:
+        asked.append(names)
+        tags = git(repository, "tag", "--sort=v:refname").split()
+        found = sorted(((tag.split("@")[0], tag) for tag in tags if "@v" in tag), key=lambda pair: pair[0])
+        return [(model, f"{tag} made {len(asked)}") for model, tag in found if not names or model in names]
+
+    for tag in ("b@v1.10.0", "b@v1.2.0", "c/d@v1.0.0"):
+        git(repository, "tag", tag)
+    assert listed(repository, None, lines_of) == ["b@v1.2.0 made 1", "b@v1.10.0 made 1", "c/d@v1.0.0 made 1"]
+    git(repository, "tag", "b@v1.3.0")
+    made_2 = ["b@v1.2.0 made 2", "b@v1.3.0 made 2", "b@v1.10.0 made 2"]
+    assert listed(repository, None, lines_of) == [*made_2, "c/d@v1.0.0 made 1"]
+    git(repository, "tag", "-d", "c/d@v1.0.0")
+    git(repository, "tag", "a#current#1")
+    git(repository, "tag", "a@v1.0.0")
+    assert listed(repository, None, lines_of) == ["a@v1.0.0 made 3", *made_2]
+    assert listed(repository, "b", lines_of) == made_2
+    for model in "efghi":
+        git(repository, "tag", f"{model}@v1.0.0")
+    assert len(listed(repository, None, lines_of)) == 9
+    git(repository, "tag", "x@v1.0.0")
+    git(repository, "tag", "y-/z@v1.0.0")
+    assert len(listed(repository, None, lines_of)) == 11
+    assert asked == [(), ("b",), ("a", "c/d"), (), ()], "many models, or a tag that no version has: all of them"
+
+
 def test_a_file_that_is_not_whole_is_made_anew(repository: Path, lines_of: Callable, made: list[int]):
     git(repository, "tag", "a")
     listed(repository, None, lines_of)

@@ -60,6 +60,12 @@ def test_the_golden_message_reads_as_the_record():
     assert RECORD.size == 4096
 
 
+def test_a_model_digest_that_the_components_come_to_is_not_written_twice():
+    record = replace(RECORD, model_digest=digests.of_model(RECORD.components))
+    assert "model_digest" not in record.message()
+    assert read_record(record.message(), TAG) == record
+
+
 @given(st.dictionaries(st.text(st.characters(exclude_categories=["Cs"])), json_like, max_size=4))
 def test_any_metadata_comes_back(metadata: dict[str, object]):
     record = replace(RECORD, metadata=metadata)
