@@ -6,6 +6,7 @@ import argparse
 import sys
 from importlib import import_module
 
+from proteus_pipeline.cli.verbs import fitted
 from proteus_pipeline.errors import ProteusError
 
 TYPE_CHECKING = False  # typing takes 5 ms to import, a tenth of what a quick command may take
@@ -35,7 +36,7 @@ def parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
         prog="proteus",
         description="git for protein language models, and a memory for what they computed",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=fitted(argparse.RawDescriptionHelpFormatter),
     )
     top.add_argument("--version", dest="print_version", action="store_true", help="print the version and exit")
     top.add_argument("--debug", action="store_true", help="show the traceback of an error")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from proteus_pipeline.cli.verbs import add_verb, facts, home, lookup, print_json
+from proteus_pipeline.cli.verbs import add_verb, facts, fitted, home, lookup, print_json
 
 TYPE_CHECKING = False  # typing takes 5 ms to import, a tenth of what the listing may take
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ examples:
 def add_to(verbs: Any, only: str = "") -> None:
     """Add the verbs to the command line; where only the listing is asked for, only that."""
     this = verbs.add_parser(
-        "model", help="versions of models", epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+        "model", help="versions of models", epilog=_EPILOG, formatter_class=fitted(argparse.RawDescriptionHelpFormatter)
     )
     this.set_defaults(run=lambda _: this.print_help() or 2)
     these = this.add_subparsers(metavar="VERB", prog="proteus model")

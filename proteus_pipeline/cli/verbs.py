@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
+from functools import partial
 from pathlib import Path
 
 from proteus_pipeline.errors import StorageError
@@ -17,11 +20,22 @@ if TYPE_CHECKING:
     from proteus_pipeline.registry.versions import ModelVersionManager
 
 
+def fitted(formatter: type[argparse.HelpFormatter]) -> Callable[..., argparse.HelpFormatter]:
+    """Return a formatter of help for the terminal's width: argparse's own way to ask for it takes 5 ms to import."""
+    try:
+        columns = int(os.environ.get("COLUMNS") or 0) or os.get_terminal_size(sys.__stdout__.fileno()).columns  # type: ignore[union-attr]
+    except (AttributeError, OSError, ValueError):
+        columns = 80  # no terminal
+    return partial(formatter, width=(columns or 80) - 2)
+
+
 def add_verb(
     verbs: Any, name: str, run: Callable[[argparse.Namespace], int], text: str, *, home: bool = True
 ) -> argparse.ArgumentParser:
     """Return a new verb's parser, with the options that every verb of a registry has."""
-    parser: argparse.ArgumentParser = verbs.add_parser(name, help=text, description=text)
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        name, help=text, description=text, formatter_class=fitted(argparse.HelpFormatter)
+    )
     if home:
         parser.add_argument("--home", help="the registry, where it is not this project's")
     parser.add_argument("--json", action="store_true", help="print JSON")
