@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import subprocess
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -134,19 +133,16 @@ def test_a_registration_beside_a_damaged_record_leaves_its_number_free(
     assert version.record.sequence == 3
 
 
-def test_a_thousand_tags_are_read_in_about_the_time_git_takes(
-    manager: ModelVersionManager, repository: Path, tiny: Checkpoint
+def test_a_thousand_tags_are_read_by_one_process(
+    manager: ModelVersionManager, repository: Path, tiny: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ):
+    """How long that takes beside git, benchmarks/registry_listing.py says."""
     manager.register_version(Given("m", tiny), "1.0.0")
     oid = git(repository, "rev-parse", "refs/tags/m@v1.0.0")
     lines = "".join(f"create refs/tags/m{n}@v1.0.0 {oid}\n" for n in range(1000))
     subprocess.run(["git", "-C", str(repository), "update-ref", "--stdin"], input=lines.encode(), check=True)
-    here, plain, ours = Git(repository), [], []
-    for _ in range(3):
-        start = time.perf_counter()
-        here.run("for-each-ref", "--format=%(refname) %(*objectname) %(contents)")
-        plain.append(time.perf_counter() - start)
-        start = time.perf_counter()
-        assert len(read_events(here)) == 1001
-        ours.append(time.perf_counter() - start)
-    assert min(ours) < 3 * min(plain) + 0.05
+    commands = []
+    run = subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda command, **more: commands.append(command) or run(command, **more))
+    assert len(read_events(Git(repository))) == 1001
+    assert len(commands) == 1
