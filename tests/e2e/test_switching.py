@@ -20,6 +20,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory, weights: Path) -> Clone:
     made.commit("results", empty=True)
     # On another device class than the committed dvc.lock's, the tag would lead to that class's numbers.
     made.git("tag", "-d", TAG)
+    made.git("update-ref", "-d", f"refs/proteus/ledger/{TAG}")  # else the tag is put back as it was
     made.run("proteus", "model", "pull", TAG)
     return made
 
