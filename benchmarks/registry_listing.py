@@ -26,7 +26,7 @@ from proteus_pipeline.registry.refs import LEDGER, publish
 
 QUICK = "--quick" in sys.argv
 FEW, MANY = 1000, 2000 if QUICK else 10000
-ROUNDS, FIRSTS = 9, 3
+ROUNDS, FIRSTS = 7, 2
 BAR = 3
 BIN = Path(sys.executable).parent
 OURS = {"again": "nothing new", "new": "after a registration", "first": "the first"}
@@ -82,8 +82,8 @@ def one_round(repository: Repository, *, first: bool) -> dict[str, float]:
     return took
 
 
-def compare(state: str, few: Repository, many: Repository) -> None:
-    """Print each side's median, times git's, and how they grow, in one state of the repositories."""
+def compare(state: str, few: Repository, many: Repository) -> float:
+    """Print each side's median, times git's, and how they grow; return the worse of the ratios that the bar is of."""
     rounds = [[one_round(r, first=n < FIRSTS) for r in (few, many)] for n in range(-1, ROUNDS)][1:]  # one to warm up
     print(f"{state}:")
     medians: dict[str, list[float]] = {}
@@ -107,9 +107,9 @@ def compare(state: str, few: Repository, many: Repository) -> None:
         f"  {MANY // FEW} times the versions take: "
         + ", ".join(f"{side} {times:.1f}" for side, times in growth.items())
     )
-    worst = max(medians[side][0] / medians["git"][0] for side in ("again", "new"))
     linear = max(growth[side] for side in OURS) <= MANY / FEW
-    print(f"  at most {BAR} times plain git: {worst:.2f}, {said(worst <= BAR)}; no worse than linear: {said(linear)}")
+    print(f"  no worse than linear: {said(linear)}")
+    return max(medians[side][0] / medians["git"][0] for side in ("again", "new"))
 
 
 def said(held: bool) -> str:
@@ -120,7 +120,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="registry-listing-") as folder:
         ENVIRONMENT["PYTHONPYCACHEPREFIX"] = str(Path(folder, "compiled"))
         few, many = (prepare(Path(folder, str(total)), total, 2 * (ROUNDS + 1)) for total in (FEW, MANY))
-        compare("as registered", few, many)
+        worst = compare("as registered", few, many)
+        print(f"  at most {BAR} times plain git at {FEW:,} versions: {worst:.2f}, {said(worst <= BAR)}")
         if not QUICK:
             ours = seconds(str(BIN / "proteus"), "model", "list", "--home", str(few.git.root))
             theirs = seconds(str(BIN / "gto"), "show", "--repo", str(few.git.root))
