@@ -32,6 +32,8 @@ def check_name(name: str) -> str:
         For anything else: it would become a git tag and a path.
 
     """
+    if not isinstance(name, str):
+        raise InvalidVersionError(f"{name!r} is no model name", "write it as a text")
     shown = name if len(name) <= 60 else name[:57] + "..."
     if len(name) > MAX_NAME:
         raise InvalidVersionError(f"model name {shown!r} has {len(name)} characters", f"use at most {MAX_NAME}")
@@ -64,7 +66,15 @@ class Version:
             With the nearest valid version.
 
         """
+        if not isinstance(text, str):
+            raise InvalidVersionError(
+                f"{text!r} is no semantic version (MAJOR.MINOR.PATCH)", "write it as a text: '1.0.0'"
+            )
         bare = text.removeprefix("v")
+        if bare.endswith(".lock"):
+            raise InvalidVersionError(
+                f"{text!r} ends in .lock, which git takes in no tag", "choose another pre-release"
+            )
         if len(bare) <= MAX_NAME and semver.Version.is_valid(bare):
             return cls(bare)
         shown = text if len(text) <= 60 else text[:57] + "..."

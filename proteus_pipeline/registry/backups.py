@@ -11,6 +11,7 @@ Versions share what they have in common, as in the cache.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from proteus_pipeline.registry.weights import Objects
 from proteus_pipeline.stores.files import storage_error, write_atomic
 
 SCHEMA = 1
+_OBJECT = re.compile(r"[0-9a-f]{32}(\.dir)?")
 _RELEASED = ".released"
 
 
@@ -157,12 +159,22 @@ class Backups:
                 raise IntegrityError(f"{path} is of another schema than {SCHEMA}", "upgrade proteus_pipeline")
             value["pointer"] = Pointer(**value["pointer"])
             value["objects"] = tuple(value["objects"])
-            return Backup(**value)
+            return _checked(Backup(**value))
         except FileNotFoundError:
             return None
         except OSError as error:
             if isinstance(error, StorageError):
                 raise
             raise storage_error("read", path, error) from error
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
             raise IntegrityError(f"{path} is damaged ({error})", "restore it from a copy of the folder") from error
+
+
+def _checked(backup: Backup) -> Backup:
+    """Return a backup; refuse what is no object's name, which may lead out of the folder."""
+    texts = (backup.reference, backup.tag, *backup.objects, backup.pointer.md5)
+    if not all(isinstance(text, str) for text in texts):
+        raise TypeError("a value of the wrong type")
+    if not all(_OBJECT.fullmatch(md5) for md5 in (*backup.objects, backup.pointer.md5)):
+        raise ValueError("an object's name that is none")
+    return backup

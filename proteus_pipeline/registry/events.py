@@ -30,6 +30,9 @@ _TAG = re.compile(
 )
 
 
+_LONGEST_COUNT = 15  # digits; a number that is longer counts nothing
+
+
 @dataclass(frozen=True)
 class Event:
     """One tag.
@@ -126,6 +129,8 @@ def parse_tag(tag: str) -> tuple[str, str, str | None, int | None] | None:
     """
     found = _TAG.fullmatch(tag)
     if not found or (found["version"] and not semver.Version.is_valid(found["version"])):
+        return None
+    if found["count"] and len(found["count"]) > _LONGEST_COUNT:
         return None
     count = int(found["count"]) if found["count"] else None
     if found["stage"]:

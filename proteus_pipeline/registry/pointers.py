@@ -20,6 +20,7 @@ _OURS = re.compile(
     r"outs:\n- md5: (?P<md5>[0-9a-f]{32}\.dir)\n  size: (?P<size>\d+)\n  nfiles: (?P<files>\d+)\n  hash: md5\n"
     r"  path: (?P<path>[A-Za-z0-9_'-]+)\n"
 )
+_LARGEST = 2**53
 _MD5 = re.compile(r"[0-9a-f]{32}(\.dir)?")
 
 
@@ -61,7 +62,7 @@ class Pointer:
             outs = (yaml.safe_load(text) or {})["outs"]
             fitting = [out for out in outs if path is None or PurePosixPath(str(out["path"])) == PurePosixPath(path)]
             return _of_output(fitting[0])
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
+        except (AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError, yaml.YAMLError) as error:
             raise IntegrityError(f"{origin} is no DVC pointer ({error})", "git checkout it again") from error
 
 
@@ -69,7 +70,10 @@ def _of_output(out: dict[str, Any]) -> Pointer:
     md5 = str(out["md5"])
     if not _MD5.fullmatch(md5) or out.get("hash", "md5") != "md5":
         raise ValueError(f"{md5!r} is no md5 of DVC 3")
-    return Pointer(md5, int(out.get("size", 0)), int(out.get("nfiles", 1)), str(out["path"]))
+    size, files = int(out.get("size", 0)), int(out.get("nfiles", 1))
+    if not (0 <= size < _LARGEST and 0 <= files < _LARGEST):
+        raise ValueError(f"size {size}, nfiles {files}")
+    return Pointer(md5, size, files, str(out["path"]))
 
 
 def pointer_at(git: Git, commit: str, name: str, ledger: str = "") -> tuple[Pointer, str | None]:
@@ -107,7 +111,7 @@ def _artifact(git: Git, commit: str, name: str, dvc_yaml: str | None, dvc_lock: 
         stages = yaml.safe_load(dvc_lock or "")["stages"].values()
         outs = [out for stage in stages for out in stage.get("outs", ()) if out["path"] == path]
         return _of_output(outs[0])
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
+    except (AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError, yaml.YAMLError) as error:
         if isinstance(error, IntegrityError):
             raise
         raise lost from error

@@ -10,7 +10,7 @@ from typing import Any
 from proteus_pipeline.errors import StorageError
 from proteus_pipeline.registry.events import Event, History
 from proteus_pipeline.registry.git import Git
-from proteus_pipeline.registry.records import EventRecord
+from proteus_pipeline.registry.records import EventRecord, json_like
 from proteus_pipeline.registry.refs import publish
 
 
@@ -58,6 +58,7 @@ def publish_event(
         When git can't write it, or has a tag of that name already.
 
     """
+    json_like({"reason": reason}, "reason")
     number, sequence = str(version.version), history.next_sequence
     tag = _tag(history, event, number, sequence)
     record = EventRecord(event, history.name, number, sequence, author(git), now_text(), reason, dict(details or {}))

@@ -15,6 +15,7 @@ after it stands the xxh3_128 of the line of JSON, so that an edit by hand shows.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -25,6 +26,9 @@ from proteus_pipeline.identity import digests
 SCHEMA = 1
 _RECORD = "proteus-record"
 _EVENT = "proteus-event"
+_DIGEST = re.compile(r"[0-9a-f]{32}")
+_MD5 = re.compile(r"[0-9a-f]{32}(\.dir)?")
+_LARGEST = 2**53
 _AGAIN = "fetch the tag again from a remote, or: proteus model verify --repair"
 
 
@@ -150,8 +154,7 @@ def read_record(message: str, tag: str) -> VersionRecord | None:
         if "model_digest" not in value:
             value["model_digest"] = digests.of_model(value["components"])
         record = VersionRecord(**value)
-        texts = (record.components["trunk"], record.weights["md5"], record.model_digest, *record.dependencies)
-        whole = all(isinstance(t, str) for t in texts) and isinstance(record.sequence, int) and record.size >= 0
+        whole = "trunk" in record.components and _is_whole(record)
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise IntegrityError(f"the record in tag {tag} is damaged ({error})", _AGAIN) from error
     if not whole:
@@ -159,6 +162,34 @@ def read_record(message: str, tag: str) -> VersionRecord | None:
     if tag.partition("#")[0] != f"{record.name}@v{record.version}":
         raise IntegrityError(f"the record in tag {tag} is of {record.name}@v{record.version}", _AGAIN)
     return record
+
+
+def _is_whole(record: VersionRecord) -> bool:
+    """Say whether every field is of its type: whoever makes a tag can make its checksum fit."""
+    texts = (record.name, record.version, record.reason, record.breaking, record.time, *record.dependencies)
+    mappings = (
+        record.architecture, record.source, record.metadata, record.configuration, record.author, record.compatibility,
+    )  # fmt: skip
+    known = record.compatibility if isinstance(record.compatibility, Mapping) else {}
+    tolerance, reasons = known.get("tolerance", 0.0), known.get("reasons", [])
+    return (
+        all(isinstance(text, str) for text in texts)
+        and (record.parent is None or isinstance(record.parent, str))
+        and all(isinstance(mapping, Mapping) for mapping in mappings)
+        and all(_DIGEST.fullmatch(digest) is not None for digest in (record.model_digest, *record.components.values()))
+        and _MD5.fullmatch(record.weights["md5"]) is not None
+        and 0 <= record.size < _LARGEST
+        and 0 <= int(record.weights["files"]) < _LARGEST
+        and is_sequence(record.sequence)
+        and isinstance(tolerance, float | int)
+        and isinstance(reasons, list)
+        and all(isinstance(reason, str) for reason in reasons)
+    )
+
+
+def is_sequence(value: object) -> bool:
+    """Say whether a value is an event's number: of a size that every program counts in."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < _LARGEST
 
 
 def read_event(message: str, tag: str) -> EventRecord | None:
@@ -177,7 +208,10 @@ def read_event(message: str, tag: str) -> EventRecord | None:
         event = EventRecord(**value)
     except TypeError as error:
         raise IntegrityError(f"the event in tag {tag} is damaged ({error})", _AGAIN) from error
-    if not (isinstance(event.sequence, int) and isinstance(event.version, str) and isinstance(event.reason, str)):
+    texts = (event.name, event.version, event.reason, event.time)
+    if not (
+        is_sequence(event.sequence) and all(isinstance(t, str) for t in texts) and isinstance(event.details, Mapping)
+    ):
         raise IntegrityError(f"the event in tag {tag} is damaged (a value of the wrong type)", _AGAIN)
     about = (event.name, f"{event.name}@v{event.version}")
     if tag.partition("#")[0].removesuffix("!") not in about:

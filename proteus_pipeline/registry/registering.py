@@ -192,7 +192,13 @@ def _keep_to_limit(manager: ModelVersionManager, name: str, number: str) -> None
     if manager.max_versions is None or len(manager.history(name).live) <= manager.max_versions:
         return
     reason = f"more than {manager.max_versions} versions"
-    for gone in retirement.retire(manager, name, manager.max_versions, reason=reason, new=number):
+    try:
+        deletions = retirement.retire(manager, name, manager.max_versions, reason=reason, new=number)
+    except StorageError as error:
+        # The version is registered: what is wrong with another one may not turn that into an error.
+        _log.warning("%s has more than %d versions, and none could be deleted: %s", name, manager.max_versions, error)
+        return
+    for gone in deletions:
         how = "backed up" if manager.backup_enabled else "its weights stay in the DVC cache"
         _log.warning(
             "deleted %s, %s: %s has more than %d versions (max_versions); proteus model restore %s brings it back",

@@ -71,7 +71,9 @@ def plan(manager: ModelVersionManager, history: History, numbers: Sequence[str])
     needed = users(git, history, [v for v in versions if v.version in history.live], live)
     cache, backups = DvcCache(manager.root), Backups(manager.root)
     staying = [v for v in live if v.reference not in {gone.reference for gone in versions}]
-    kept = _objects(cache, staying) | _expanded(cache, pointed_to(git)) if cache.is_own else None
+    # Where nobody can say what a live version has, nothing is dropped.
+    may_drop = cache.is_own and all(_is_listed(cache, v) for v in staying)
+    kept = _objects(cache, staying) | _expanded(cache, pointed_to(git)) if may_drop else None
     deletions = []
     for version in versions:
         done = version.version not in history.live
@@ -111,17 +113,18 @@ def delete(
     """
     git = manager.ensure_home()
     _refuse_needed(manager, name, number, force=force)
-    if manager.backup_enabled and number in manager.history(name).live:
+    backed_up = manager.backup_enabled and _has_weights(manager.version_of(manager.history(name), number))
+    if backed_up and number in manager.history(name).live:
         # Outside the lock: gigabytes may be copied.
         back_up(manager, manager.version_of(manager.history(name), number))
     with exclusive(git):
         history = manager.history(name)
         deletion = _refuse_needed(manager, name, number, force=force)
         if not deletion.done:
-            if manager.backup_enabled and not Backups(manager.root).is_there(deletion.reference):
+            if backed_up and not Backups(manager.root).is_there(deletion.reference):
                 # Its objects went with a backup that was released meanwhile.
                 back_up(manager, manager.version_of(history, number))
-            details = {"backup": manager.backup_enabled, "forced": list(deletion.needed)}
+            details = {"backup": backed_up, "forced": list(deletion.needed)}
             publish_event(git, history, "deleted", history.known[number], reason=reason, details=details)
             manager.count("deleted")
         if manager.backup_enabled or not keep:
@@ -253,10 +256,31 @@ def plan_retirement(manager: ModelVersionManager, name: str, keep: int, *, new: 
     return plan(manager, history, chosen)
 
 
+def _has_weights(version: ModelVersion) -> bool:
+    """Say whether a version points to weights; a tag that somebody made for another purpose need not."""
+    if version.record:
+        return True
+    try:
+        return bool(version.pointer.md5)
+    except IntegrityError:
+        return False
+
+
+def _is_listed(cache: DvcCache, version: ModelVersion) -> bool:
+    """Say whether what a version's weights consist of can be read here, or is known to be nothing."""
+    if version.damage or not _has_weights(version):
+        return not version.damage
+    md5 = str(version.record.weights["md5"]) if version.record else version.pointer.md5
+    try:
+        return cache.listing(Pointer(md5, 0, 0, "folder")) is not None
+    except (IntegrityError, StorageError):
+        return False
+
+
 def _objects(cache: DvcCache, versions: Iterable[ModelVersion]) -> set[str]:
     """Return the MD5s of some versions' objects, as far as their directory objects are here."""
-    folders = {v.record.weights["md5"] if v.record else v.pointer.md5 for v in versions if not v.damage}
-    return _expanded(cache, folders)
+    sound = [v for v in versions if not v.damage and _has_weights(v)]
+    return _expanded(cache, {str(v.record.weights["md5"]) if v.record else v.pointer.md5 for v in sound})
 
 
 def _expanded(cache: DvcCache, md5s: Iterable[str]) -> set[str]:

@@ -105,7 +105,9 @@ class ModelVersionManager(VersionLookup):
         max_versions: int | None = MAX_VERSIONS,
         metadata_schema: str | Path | Mapping[str, Any] | None = None,
     ) -> None:
-        if max_versions is not None and (isinstance(max_versions, bool) or max_versions < 1):
+        if max_versions is not None and (
+            not isinstance(max_versions, int) or isinstance(max_versions, bool) or max_versions < 1
+        ):
             raise ConfigError(f"max_versions is {max_versions!r}", "use 1 or more, or None for no limit")
         super().__init__(Path(storage_path))
         self.backup_enabled = backup_enabled
@@ -187,6 +189,7 @@ class ModelVersionManager(VersionLookup):
         """
         from proteus_pipeline.registry.registering import Request, number_of, register
 
+        json_like({"reason": reason, "breaking": breaking}, "reason")
         number = number_of(version, bump)
         request = Request(
             name=check_name(model.name),

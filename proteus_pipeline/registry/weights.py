@@ -36,6 +36,7 @@ from proteus_pipeline.stores.files import (
 
 _MD5 = re.compile(r"[0-9a-f]{32}")
 # A value as DVC's configuration writes it: in quotes where it holds a comma or a #.
+_OBJECT = re.compile(r"[0-9a-f]{32}(\.dir)?")
 _REMOTE = re.compile(r"""'?remote "(?P<name>[^"]+)"'?""")
 _ABANDONED_S = 3600.0
 _VALUE = re.compile(r"""(["'])(?P<quoted>.*?)\1|(?P<bare>[^#]*)""")
@@ -56,6 +57,16 @@ class Objects:
         self.folder = folder
 
     def object(self, md5: str) -> Path:
+        """Return where an object is, or would be.
+
+        Raises
+        ------
+        IntegrityError
+            When `md5` is none: it may come from a tag or a file of somebody who means another path.
+
+        """
+        if not _OBJECT.fullmatch(md5):
+            raise IntegrityError(f"{md5[:60]!r} is no MD5 of an object", "do not use what named it")
         return self.folder / md5[:2] / md5[2:]
 
     def is_sound(self, md5: str) -> bool:
@@ -150,7 +161,7 @@ class Objects:
             raise IntegrityError(f"{listing} is damaged", "proteus model verify --repair")
         try:
             entries = {PurePosixPath(entry["relpath"]): str(entry["md5"]) for entry in json.loads(data)}
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, RecursionError, TypeError, ValueError) as error:
             raise IntegrityError(f"{listing} is no directory of DVC's ({error})", "do not use these weights") from error
         for name, md5 in entries.items():
             # The listing is what its own name says, and may still come from somebody who means harm.

@@ -159,3 +159,22 @@ def test_the_event_of_another_version_is_refused(tag: str):
 def test_an_edited_event_is_refused():
     with pytest.raises(IntegrityError, match="edited or damaged"):
         read_event(EVENT.message().replace("too many", "no reason"), "m@v1.0.0!")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"weights": {"md5": "..//tmp/victim", "size": 1, "files": 1}},
+        {"sequence": 10**400},
+        {"sequence": True},
+        {"compatibility": "x"},
+        {"compatibility": {"tolerance": "abc"}},
+        {"compatibility": {"reasons": [5]}},
+        {"metadata": 7},
+        {"configuration": []},
+        {"components": {"trunk": "ab\ncd"}},
+    ],
+)
+def test_a_forged_record_whose_checksum_fits_is_refused(fields: dict[str, object]):
+    with pytest.raises(IntegrityError, match="is damaged"):
+        read_record(changed(**fields), TAG)

@@ -285,3 +285,24 @@ def test_bytes_that_a_branch_points_to_stay(repository: Path):
     git(repository, "rm", "--quiet", "-r", "--cached", "--ignore-unmatch", "models")
     commit(repository)
     assert manager.delete_version("m", "1.0.0").frees > 0, "repeating it drops what nothing points to any more"
+
+
+def test_a_tag_for_another_purpose_stops_nobody_and_can_be_deleted(repository: Path):
+    manager = ModelVersionManager(repository, max_versions=2)
+    register(manager, "1.0.0", "1.1.0")
+    git(repository, "tag", "frontend@v3.2.1")
+    register(manager, "1.2.0")
+    assert live(manager) == ["1.1.0", "1.2.0"]
+    assert manager.delete_version("frontend", "3.2.1", force=True).drops == ()
+    assert live(manager, "frontend") == []
+
+
+def test_where_a_live_version_s_list_is_not_here_nothing_is_dropped(manager: ModelVersionManager):
+    register(manager, "1.0.0", "1.1.0")
+    cache = DvcCache(manager.root)
+    listing = cache.object(manager.get_version("m", "1.1.0").pointer.md5)
+    aside = listing.rename(manager.root / "aside")
+    assert manager.delete_version("m", "1.0.0").frees == 0
+    aside.rename(listing)
+    assert manager.verify("m@v1.1.0") == []
+    assert manager.delete_version("m", "1.0.0").frees > 0, "repeating it drops what was left"

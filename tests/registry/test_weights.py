@@ -198,7 +198,7 @@ def test_the_cache_folder_is_the_one_dvc_uses(repository: Path, tmp_path: Path, 
     (repository / "models").mkdir()
     (repository / "models" / "m.dvc").write_text(stored.pointer.text())
     expected = (repository / Path(value).expanduser()).resolve() / "files" / "md5"
-    assert DvcCache(repository).object("abcd") == expected / "ab" / "cd"
+    assert DvcCache(repository).object("ab" + "c" * 30) == expected / "ab" / ("c" * 30)
     assert not (repository / ".dvc" / "cache" / "files").exists()
     dvc(repository, "checkout", "models/m.dvc")
     assert contents(repository / "models" / "m") == FILES
@@ -209,9 +209,9 @@ def test_config_local_comes_before_config(repository: Path, tmp_path: Path):
     (repository / ".dvc" / "config").write_text(
         f"[cache]\n    dir = {tmp_path / 'shared'}\n['remote \"a\"']\n url = %x\n"
     )
-    assert DvcCache(repository).object("abcd") == tmp_path / "local" / "files" / "md5" / "ab" / "cd"
+    assert DvcCache(repository).object("ab" + "c" * 30) == tmp_path / "local" / "files" / "md5" / "ab" / ("c" * 30)
     (repository / ".dvc" / "config.local").unlink()
-    assert DvcCache(repository).object("abcd") == tmp_path / "shared" / "files" / "md5" / "ab" / "cd"
+    assert DvcCache(repository).object("ab" + "c" * 30) == tmp_path / "shared" / "files" / "md5" / "ab" / ("c" * 30)
 
 
 @pytest.mark.parametrize(
@@ -226,7 +226,7 @@ def test_the_cache_of_the_user_or_the_machine_is_the_one_dvc_uses(
         monkeypatch.setenv(variable, str(tmp_path / "settings"))
     dvc(repository, "config", level, "cache.dir", str(tmp_path / "shared"))
     stored = DvcCache(repository).add_folder(make_folder(tmp_path / "m"), "m")
-    assert DvcCache(repository).object("abcd") == tmp_path / "shared" / "files" / "md5" / "ab" / "cd"
+    assert DvcCache(repository).object("ab" + "c" * 30) == tmp_path / "shared" / "files" / "md5" / "ab" / ("c" * 30)
     (repository / "models").mkdir()
     (repository / "models" / "m.dvc").write_text(stored.pointer.text())
     if not variable:
@@ -247,9 +247,11 @@ def test_the_repository_comes_before_the_user_and_the_user_before_the_machine(
         (tmp_path / "user" / "config", tmp_path / "user" / "beside"),
         (tmp_path / "machine" / "config", tmp_path / "machine" / "beside"),
     ):
-        assert DvcCache(repository).object("abcd") == cache / "files" / "md5" / "ab" / "cd"
+        assert DvcCache(repository).object("ab" + "c" * 30) == cache / "files" / "md5" / "ab" / ("c" * 30)
         config.unlink()
-    assert DvcCache(repository).object("abcd") == repository / ".dvc" / "cache" / "files" / "md5" / "ab" / "cd"
+    assert DvcCache(repository).object("ab" + "c" * 30) == repository / ".dvc" / "cache" / "files" / "md5" / "ab" / (
+        "c" * 30
+    )
 
 
 def test_a_config_that_cant_be_read_is_named(repository: Path):
@@ -280,3 +282,10 @@ def test_a_cache_that_cant_be_written_is_one_error(repository: Path, tmp_path: P
 def test_what_is_no_pointer_is_refused(text: str):
     with pytest.raises(IntegrityError, match=r"^models/m\.dvc"):
         Pointer.parse(text, "models/m.dvc")
+
+
+@pytest.mark.parametrize("md5", ["..//tmp/victim", "../../x", "", "AB" * 16, "ab" * 16 + ".dir/x", "ab" * 17])
+def test_no_name_leads_out_of_the_cache(repository: Path, md5: str):
+    for use in (DvcCache(repository).object, DvcCache(repository).remove, DvcCache(repository).is_sound):
+        with pytest.raises(IntegrityError, match="is no MD5 of an object"):
+            use(md5)
