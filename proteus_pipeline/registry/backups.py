@@ -11,7 +11,6 @@ Versions share what they have in common, as in the cache.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,11 +18,11 @@ from pathlib import Path
 from proteus_pipeline.errors import IntegrityError, StorageError
 from proteus_pipeline.registry.home import private_folder
 from proteus_pipeline.registry.pointers import Pointer
+from proteus_pipeline.registry.records import OBJECT_MD5
 from proteus_pipeline.registry.weights import Objects
 from proteus_pipeline.stores.files import storage_error, write_atomic
 
 SCHEMA = 1
-_OBJECT = re.compile(r"[0-9a-f]{32}(\.dir)?")
 _RELEASED = ".released"
 
 
@@ -175,6 +174,6 @@ def _checked(backup: Backup) -> Backup:
     texts = (backup.reference, backup.tag, *backup.objects, backup.pointer.md5)
     if not all(isinstance(text, str) for text in texts):
         raise TypeError("a value of the wrong type")
-    if not all(_OBJECT.fullmatch(md5) for md5 in (*backup.objects, backup.pointer.md5)):
+    if not all(OBJECT_MD5.fullmatch(md5) for md5 in (*backup.objects, backup.pointer.md5)):
         raise ValueError("an object's name that is none")
     return backup

@@ -14,6 +14,7 @@ from typing import Any
 
 from proteus_pipeline.errors import IntegrityError
 from proteus_pipeline.registry.git import Git
+from proteus_pipeline.registry.records import OBJECT_MD5
 
 _PLAIN = re.compile(r"(?!(?:null|true|false|yes|no|on|off|y|n)$)[a-z][\w-]*", re.IGNORECASE | re.ASCII)
 _OURS = re.compile(
@@ -21,7 +22,6 @@ _OURS = re.compile(
     r"  path: (?P<path>[A-Za-z0-9_'-]+)\n"
 )
 _LARGEST = 2**53
-_MD5 = re.compile(r"[0-9a-f]{32}(\.dir)?")
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Pointer:
 
 def _of_output(out: dict[str, Any]) -> Pointer:
     md5 = str(out["md5"])
-    if not _MD5.fullmatch(md5) or out.get("hash", "md5") != "md5":
+    if not OBJECT_MD5.fullmatch(md5) or out.get("hash", "md5") != "md5":
         raise ValueError(f"{md5!r} is no md5 of DVC 3")
     size, files = int(out.get("size", 0)), int(out.get("nfiles", 1))
     if not (0 <= size < _LARGEST and 0 <= files < _LARGEST):

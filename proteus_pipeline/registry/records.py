@@ -27,7 +27,7 @@ SCHEMA = 1
 _RECORD = "proteus-record"
 _EVENT = "proteus-event"
 _DIGEST = re.compile(r"[0-9a-f]{32}")
-_MD5 = re.compile(r"[0-9a-f]{32}(\.dir)?")
+OBJECT_MD5 = re.compile(r"[0-9a-f]{32}(\.dir)?")
 _LARGEST = 2**53
 _AGAIN = "fetch the tag again from a remote, or: proteus model verify --repair"
 
@@ -177,7 +177,7 @@ def _is_whole(record: VersionRecord) -> bool:
         and (record.parent is None or isinstance(record.parent, str))
         and all(isinstance(mapping, Mapping) for mapping in mappings)
         and all(_DIGEST.fullmatch(digest) is not None for digest in (record.model_digest, *record.components.values()))
-        and _MD5.fullmatch(record.weights["md5"]) is not None
+        and OBJECT_MD5.fullmatch(record.weights["md5"]) is not None
         and 0 <= record.size < _LARGEST
         and 0 <= int(record.weights["files"]) < _LARGEST
         and is_sequence(record.sequence)

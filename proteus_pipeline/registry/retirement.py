@@ -126,7 +126,6 @@ def delete(
                 back_up(manager, manager.version_of(history, number))
             details = {"backup": backed_up, "forced": list(deletion.needed)}
             publish_event(git, history, "deleted", history.known[number], reason=reason, details=details)
-            manager.count("deleted")
         if manager.backup_enabled or not keep:
             for md5 in deletion.drops:
                 DvcCache(manager.root).remove(md5)
@@ -187,7 +186,6 @@ def restore(manager: ModelVersionManager, name: str, number: str, *, reason: str
         if number not in history.live:
             supply(manager.root, version.pointer, version.reference)  # what it shares may have been dropped meanwhile
             publish_event(git, history, "restored", history.known[number], reason=reason)
-            manager.count("restored")
         Backups(manager.root).release(version.reference)
     return manager.get_version(name, number)
 

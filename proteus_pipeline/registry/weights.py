@@ -25,6 +25,7 @@ import platformdirs
 
 from proteus_pipeline.errors import IntegrityError, StorageError
 from proteus_pipeline.registry.pointers import Pointer
+from proteus_pipeline.registry.records import OBJECT_MD5
 from proteus_pipeline.stores.files import (
     TEMPORARY_PREFIX,
     atomic_path,
@@ -36,7 +37,6 @@ from proteus_pipeline.stores.files import (
 
 _MD5 = re.compile(r"[0-9a-f]{32}")
 # A value as DVC's configuration writes it: in quotes where it holds a comma or a #.
-_OBJECT = re.compile(r"[0-9a-f]{32}(\.dir)?")
 _REMOTE = re.compile(r"""'?remote "(?P<name>[^"]+)"'?""")
 _ABANDONED_S = 3600.0
 _VALUE = re.compile(r"""(["'])(?P<quoted>.*?)\1|(?P<bare>[^#]*)""")
@@ -65,7 +65,7 @@ class Objects:
             When `md5` is none: it may come from a tag or a file of somebody who means another path.
 
         """
-        if not _OBJECT.fullmatch(md5):
+        if not OBJECT_MD5.fullmatch(md5):
             raise IntegrityError(f"{md5[:60]!r} is no MD5 of an object", "do not use what named it")
         return self.folder / md5[:2] / md5[2:]
 
