@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from proteus_pipeline.cli.verbs import add_verb, facts, plain, print_json, registry, tell
@@ -131,7 +132,9 @@ def _rollback(args: argparse.Namespace) -> int:
     version = manager.resolve(args.reference)
     before = manager.history(version.name).current
     if args.dry_run:
-        print(f"would make {version.reference} current, which is v{before} now")
+        planned = {"reference": version.reference, "would": "make current", "current": before}
+        now = f"which is v{before} now" if before else "and none is now"
+        tell(args, planned, f"would make {version.reference} current, {now}")
         return 0
     version = manager.rollback(version.name, version.version, reason=args.reason)
     if args.json:
@@ -192,8 +195,15 @@ def _restore(args: argparse.Namespace) -> int:
     manager = registry(args)
     name, number = _named(manager, args.reference)
     if args.dry_run:
-        state = "is not deleted" if number in manager.history(name).live else "would be restored"
-        print(f"{name}@v{number} {state}")
+        deleted = number not in manager.history(name).live
+        if deleted and number not in manager.history(name).known:
+            manager.get_version(name, number)  # raises the error that says what there is
+        state = "would be restored" if deleted else "is not deleted"
+        tell(
+            args,
+            {"reference": f"{name}@v{number}", "would": "restore" if deleted else None},
+            f"{name}@v{number} {state}",
+        )
         return 0
     version = manager.restore_version(name, number, reason=args.reason)
     tell(args, facts(version), f"{version.reference} is back")
@@ -255,7 +265,7 @@ def _push(args: argparse.Namespace) -> int:
         print_json({"reference": version.reference, "remote": remote, "sent": sent})
     else:
         print(
-            f"{version.reference} is on DVC remote {remote}: {sent} objects sent; its tag: git push origin {version.tag}"
+            f"{version.reference} is on DVC remote {remote}: {sent} objects sent; its tag: git push origin {quote(version.tag)}"
         )
     return 0
 

@@ -7,7 +7,7 @@ import datetime
 import json
 from typing import TYPE_CHECKING, Any
 
-from proteus_pipeline.cli.verbs import facts, plain, print_json, registry
+from proteus_pipeline.cli.verbs import facts, plain, print_json, registry, shown
 from proteus_pipeline.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def show(args: argparse.Namespace) -> int:
         print_json(told)
         return 0
     for key, value in told.items():
-        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        text = shown(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
         print(f"{key:<14} {text if len(text) < 400 else text[:397] + '...'}")
     return 0
 
@@ -49,8 +49,8 @@ def history(args: argparse.Namespace) -> int:
     print(f"{found.name} in {manager.root}")
     for event, current in zip(_events(found), found.currents, strict=True):
         why = "".join(f"; {event[key]}" for key in ("reason", "breaking") if event[key])
-        mark = f"  (current: v{current})" if current != event["version"] else "  (current)"
-        print(f"  {event['time']}  v{event['version']:<12} {event['kind']:<12} by {event['by']}{mark}{why}")
+        mark = "(current)" if current == event["version"] else f"(current: v{current})" if current else "(none current)"
+        print(shown(f"  {event['time']}  v{event['version']:<12} {event['kind']:<12} by {event['by']}  {mark}{why}"))
     return 0
 
 
@@ -119,7 +119,7 @@ def _print_mapping(part: str, difference: MappingDifference) -> None:
     if lines:
         print(f"  {part}:")
     for line in lines:
-        print(f"    {line}")
+        print(f"    {shown(line)}")
 
 
 def _tensor(change: TensorChange) -> str:

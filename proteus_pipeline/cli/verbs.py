@@ -83,6 +83,11 @@ def facts(version: ModelVersion) -> dict[str, Any]:
     return told | (plain(version.record) if version.record else {"name": version.name, "version": version.version})
 
 
+def shown(text: str) -> str:
+    """Return somebody else's text without what a terminal would obey: its control characters, escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def tell(args: argparse.Namespace, value: object, text: str) -> None:
     """Print a result: as JSON where that was asked for, else in words."""
     if args.json:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from proteus_pipeline.errors import StorageError, VersionConflictError
-from proteus_pipeline.registry.publishing import author, now_text, tag_time
+from proteus_pipeline.registry.publishing import author, counter, now_text, tag_time
 from proteus_pipeline.registry.records import VersionRecord
 from proteus_pipeline.registry.refs import exclusive, publish
 from proteus_pipeline.registry.version import ModelVersion
@@ -59,7 +59,7 @@ def adopt(manager: ModelVersionManager, name: str, number: str, *, reason: str =
             time=now_text(),
             reason=reason,
         )
-        tag = f"{name}@v{number}#{record.sequence}"
+        tag = f"{name}@v{number}%{counter(record.sequence)}"
         oid = git.make_tag(tag, version.commit, record.message(), tag_time(history, "adopted", number))
         if not publish(git, {tag: oid}):
             raise StorageError(f"tag {tag} was made meanwhile", "run the command again")

@@ -15,6 +15,7 @@ def _load(text: str) -> tuple[Any, Any]:
 
     yaml = YAML()
     yaml.width = 120
+    yaml.preserve_quotes = True
     try:
         value = yaml.load(text) or {}
     except YAMLError as error:

@@ -19,7 +19,7 @@ from proteus_pipeline.errors import IntegrityError, StorageError
 from proteus_pipeline.registry.home import private_folder
 from proteus_pipeline.registry.pointers import Pointer
 from proteus_pipeline.registry.records import OBJECT_MD5
-from proteus_pipeline.registry.weights import Objects
+from proteus_pipeline.registry.weights import Objects, quarantine
 from proteus_pipeline.stores.files import storage_error, write_atomic
 
 SCHEMA = 1
@@ -34,12 +34,10 @@ class Backup:
     ----------
     reference
         The version.
-    tag, oid
-        Its tag, and the tag's object, which git keeps.
-    message
-        The tag's message: the record, should git lose it.
-    commit
-        What the tag points to.
+    tag
+        Its tag's name.
+    tag_object
+        The tag as git has it, record and all, should git lose it; empty for a tag that is no object of its own.
     pointer
         Of the weights.
     objects
@@ -49,9 +47,7 @@ class Backup:
 
     reference: str
     tag: str
-    oid: str
-    message: str
-    commit: str
+    tag_object: str
     pointer: Pointer
     objects: tuple[str, ...]
 
@@ -86,9 +82,11 @@ class Backups:
         added = [md5 for md5 in backup.objects if not self.objects.object(md5).exists()]
         try:
             for md5 in backup.objects:
-                self.objects.add(source.object(md5), md5)
-            body = json.dumps({"schema": SCHEMA} | asdict(backup), indent=1, sort_keys=True, ensure_ascii=False)
-            write_atomic(self._path(backup.reference), f"{body}\n".encode())
+                if not self.objects.is_sound(md5):
+                    quarantine(self._root, self.objects, md5)
+                    self.objects.add(source.object(md5), md5)
+            body = json.dumps({"schema": SCHEMA} | asdict(backup), indent=1, sort_keys=True)
+            write_atomic(self.path(backup.reference), f"{body}\n".encode())
         except BaseException:
             # A disk that is full should not stay so for half a backup.
             self._remove(added)
@@ -103,7 +101,7 @@ class Backups:
             When its description can't be read.
 
         """
-        return self._read(self._path(reference))
+        return self._read(self.path(reference))
 
     def list(self) -> list[Backup]:
         """Return every backup whose description can be read."""
@@ -127,7 +125,7 @@ class Backups:
 
     def release(self, reference: str) -> None:
         """Forget a backup, and remove the objects that no other one needs; within `exclusive`."""
-        path = self._path(reference)
+        path = self.path(reference)
         if path.exists():
             path.replace(path.with_suffix(_RELEASED))
         # Of one that a killed process was releasing, the rest goes too.
@@ -147,7 +145,8 @@ class Backups:
         """Bytes of all objects."""
         return sum(p.stat().st_size for p in self.objects.folder.rglob("*") if p.is_file())
 
-    def _path(self, reference: str) -> Path:
+    def path(self, reference: str) -> Path:
+        """Return where a backup's description is, or would be."""
         return self._folder / "versions" / f"{reference}.json"
 
     @staticmethod
@@ -171,7 +170,7 @@ class Backups:
 
 def _checked(backup: Backup) -> Backup:
     """Return a backup; refuse what is no object's name, which may lead out of the folder."""
-    texts = (backup.reference, backup.tag, *backup.objects, backup.pointer.md5)
+    texts = (backup.reference, backup.tag, backup.tag_object, *backup.objects, backup.pointer.md5)
     if not all(isinstance(text, str) for text in texts):
         raise TypeError("a value of the wrong type")
     if not all(OBJECT_MD5.fullmatch(md5) for md5 in (*backup.objects, backup.pointer.md5)):

@@ -1,15 +1,21 @@
 """Tags are events, and what is true of a model is a fold over them.
 
 ========================= ======================================================================
-tag (GTO's grammar)       event
+tag                       event
 ========================= ======================================================================
 ``NAME@v1.2.3``           registered
-``NAME@v1.2.3#N``         restored, or, with a version's record, adopted: a tag of somebody else's given its record
-``NAME@v1.2.3!``          deleted; ``NAME@v1.2.3!#N`` where it was deleted before
+``NAME@v1.2.3!#N``        deleted
 ``NAME#current#N``        the version at the tag's commit became current (a rollback, or forward again)
+``NAME@v1.2.3%N``         what GTO's grammar has no word for: restored; adopted (it holds the record of a version that
+                          somebody else tagged); or deleted, once a later event restored the version
 ========================= ======================================================================
 
-Nothing is ever removed: a later event says otherwise. Pure: no git here, only what ``for-each-ref`` printed.
+The first three are GTO's, which also writes ``NAME@v1.2.3!``, ``NAME#current!#N`` (no longer current) and, to register a
+version again, ``NAME@v1.2.3#N``. GTO counts a version as live when its last tag is a registration, and its table fails on
+two of them: so a restored version's ``!`` becomes a ``%``, the same tag object under another name. No event is ever
+removed. `N` tells the tags of two clones apart: the event's number, and six digits by chance.
+
+Pure: no git here, only what ``for-each-ref`` printed.
 """
 
 from __future__ import annotations
@@ -26,9 +32,9 @@ from proteus_pipeline.registry.records import EventRecord, VersionRecord
 
 _TAG = re.compile(
     r"(?P<name>[A-Za-z0-9](?:[A-Za-z0-9/_-]*[A-Za-z0-9])?)"
-    r"(?:@v(?P<version>\d[0-9A-Za-z.+-]*)(?P<cancel>!?)|#(?P<stage>current))(?:#(?P<count>\d+))?"
+    r"(?:@v(?P<version>\d[0-9A-Za-z.+-]*)(?:(?P<deleted>!)?(?:#(?P<count>\d+))?|%(?P<note>\d+))"
+    r"|#(?P<stage>current)(?P<left>!)?#(?P<turn>\d+))"
 )
-
 
 _LONGEST_COUNT = 15  # digits; a number that is longer counts nothing
 
@@ -40,15 +46,16 @@ class Event:
     Attributes
     ----------
     kind
-        ``registered``, ``adopted``, ``deleted``, ``restored``, or ``made current``.
+        ``registered``, ``adopted``, ``deleted``, ``restored``, ``made current``, ``no longer current`` (gto's alone), or
+        ``unknown`` where a ``%`` tag can't be read.
     version
-        The version it is about; None for a ``made current`` of gto's, where the commit says it.
+        The version it is about; None for a stage tag of gto's, where the commit says it.
     commit
         The commit the tag points to.
     oid
         The tag's own object.
     sequence
-        From the tag's record or counter; None where a tag carries neither.
+        From the tag's record; None where a tag carries none, and time and counter order it.
     time
         Seconds since 1970.
     record
@@ -124,18 +131,21 @@ class History:
 def parse_tag(tag: str) -> tuple[str, str, str | None, int | None] | None:
     """Return (kind, name, version, counter) of a tag, or None for a tag of another kind.
 
+    What a ``%`` tag says is in the tag: its kind here is ``unknown``.
+
     >>> parse_tag("esm2@v1.0.0"), parse_tag("esm2#current#3"), parse_tag("v1.0")
     (('registered', 'esm2', '1.0.0', None), ('made current', 'esm2', None, 3), None)
     """
     found = _TAG.fullmatch(tag)
     if not found or (found["version"] and not semver.Version.is_valid(found["version"])):
         return None
-    if found["count"] and len(found["count"]) > _LONGEST_COUNT:
+    count = found["count"] or found["note"] or found["turn"]
+    if count and len(count) > _LONGEST_COUNT:
         return None
-    count = int(found["count"]) if found["count"] else None
+    kind = "deleted" if found["deleted"] else "unknown" if found["note"] else "registered"
     if found["stage"]:
-        return ("made current", found["name"], None, count) if count is not None else None
-    return "deleted" if found["cancel"] else "registered", found["name"], found["version"], count
+        kind = "no longer current" if found["left"] else "made current"
+    return kind, found["name"], found["version"], int(count) if count else None
 
 
 def fold(name: str, events: Iterable[Event]) -> History:
@@ -143,7 +153,7 @@ def fold(name: str, events: Iterable[Event]) -> History:
 
     A release becomes current on registration when it is greater than the current version, or the current version is a
     pre-release, so that neither a back-port nor a pre-release displaces a release; a ``made current`` event decides by
-    itself; deleting the current version leaves the greatest live release.
+    itself; deleting the current version, or gto's taking the stage from it, leaves the greatest live release.
     """
     ordered = _in_order(list(events))
     known: dict[str, Event] = {}
@@ -163,9 +173,12 @@ def fold(name: str, events: Iterable[Event]) -> History:
             live.pop(event.version, None)
             if current == event.version:
                 current = greatest(live)
-        elif event.kind == "made current":
+        elif event.kind in {"made current", "no longer current"}:
             at = [v for v, r in live.items() if (event.version == v if event.version else r.commit == event.commit)]
-            current = at[0] if at else current
+            if event.kind == "made current":
+                current = at[0] if at else current
+            elif current in at:
+                current = greatest(live)
         currents.append(current)
     # Sorted once: comparing versions is most of what folding costs, and those that live are known.
     known = {number: known[number] for number in sorted(known, key=Version)}
@@ -209,11 +222,12 @@ def _in_order(events: list[Event]) -> list[Event]:
         if event.kind in {"registered", "restored"}:
             registered[event.version] = min(event.time, registered.get(event.version, event.time))
 
-    def place(event: Event) -> tuple[float, int, str]:
+    def place(event: Event) -> tuple[float, int, int, str]:
+        counter = (parse_tag(event.tag) or (0, 0, 0, None))[3] or 0
         if event.sequence is not None:
-            return (event.sequence, event.time, event.tag)
+            return (event.sequence, event.time, counter, event.tag)
         time = max(event.time, registered.get(event.version, 0)) if event.kind == "deleted" else event.time
         before = [e.sequence for e in numbered if e.sequence is not None and e.time <= time]
-        return (max(before, default=0) + 0.5, time, event.tag)
+        return (max(before, default=0) + 0.5, time, counter, event.tag)
 
     return sorted(events, key=place)

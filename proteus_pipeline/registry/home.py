@@ -19,6 +19,8 @@ from proteus_pipeline.registry.places import DEFAULT_HOME, project_root
 from proteus_pipeline.stores.files import storage_error, write_atomic
 
 _YOUNG_S = 5.0
+# Making a home takes some git commands, a second.
+_UNFINISHED_S = 600.0
 _DVC_CONFIG = """\
 [core]
     analytics = false
@@ -32,12 +34,17 @@ def find_home(path: Path) -> Git | None:
     Raises
     ------
     StorageError
-        When `path` is a file, or a folder outside git that holds something.
+        When `path` is a file, a folder outside git that holds something, or a repository without DVC.
 
     """
     if path.exists() and not path.is_dir():
         raise StorageError(f"{path} is a file", "name a folder")
-    return Git.find(path) if path.exists() and any(path.iterdir()) else None
+    found = Git.find(path) if path.exists() and any(path.iterdir()) else None
+    if found and not (found.root / ".dvc").is_dir():
+        raise StorageError(
+            f"{found.root} is a git repository without DVC", "run dvc init there, and commit what it makes"
+        )
+    return found
 
 
 def open_home(path: Path) -> Git:
@@ -46,11 +53,12 @@ def open_home(path: Path) -> Git:
     Raises
     ------
     StorageError
-        When `path` is a file, a folder outside git that holds something, or can't be created.
+        When `path` is a file, a folder outside git that holds something, a repository without DVC, or can't be created.
 
     """
     if found := find_home(path):
         return found
+    _sweep_unfinished(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # Made beside its place and renamed: a home is whole or absent, and of two that are made at once one stays.
@@ -69,6 +77,14 @@ def open_home(path: Path) -> Git:
             raise
         raise StorageError(f"{path} can't be created ({error.strerror})", "name another home") from error
     return Git.find(path)
+
+
+def _sweep_unfinished(path: Path) -> None:
+    """Remove homes that killed processes left half made."""
+    for made in path.parent.glob(f".{path.name}-{'[0-9a-f]' * 16}"):
+        with suppress(OSError):
+            if time.time() - made.stat().st_mtime > _UNFINISHED_S:
+                shutil.rmtree(made, ignore_errors=True)
 
 
 def _make_home(git: Git) -> None:

@@ -19,9 +19,9 @@ class VersionLookup:
     def __init__(self, root: Path) -> None:
         self.root = root.expanduser().absolute()
         self._known: Git | None = None
-        self._found()
+        self.found()
 
-    def _found(self) -> Git | None:
+    def found(self) -> Git | None:
         """Return the repository, or None while nobody has created it."""
         if self._known is None and (found := find_home(self.root)):
             self._known, self.root = found, found.root
@@ -29,7 +29,7 @@ class VersionLookup:
 
     def ensure_home(self) -> Git:
         """Return the repository, created when there is none; StorageError when it can't be."""
-        self._known = self._found() or open_home(self.root)
+        self._known = self.found() or open_home(self.root)
         self.root = self._known.root
         return self._known
 
@@ -107,7 +107,7 @@ class VersionLookup:
         return [v for v in live if v.record and wanted in v.record.dependencies]
 
     def _events(self, name: str | None = None) -> list[Event]:
-        git = self._found()
+        git = self.found()
         return read_events(git, name) if git else []
 
     def _version(self, history: History, number: str) -> ModelVersion:

@@ -145,18 +145,13 @@ def _texts(git: Git) -> list[tuple[str, str, list[_Ref]]]:
 
 
 def _refs(git: Git) -> list[_Ref]:
-    printed = git.run(
-        "for-each-ref", "--format=%(refname) %(objecttype) %(objectname) %(*objecttype) %(*objectname)",
-        "refs/heads/", "refs/remotes/", "refs/tags/",
-    )  # fmt: skip
+    names = git.run("for-each-ref", "--format=%(refname)", "refs/heads/", "refs/remotes/", "refs/tags/").splitlines()
     refs = []
-    for line in printed.splitlines():
-        name, kind, oid, *peeled = line.split(" ")
-        if peeled[0]:
-            kind, oid = peeled
-        if kind == "commit":
+    # However many tags of tags lead there.
+    for name, commit in zip(names, git.ids([f"{name}^{{commit}}" for name in names]), strict=True):
+        if commit:
             _, group, short = name.split("/", 2)
-            refs.append(_Ref(short, oid, group != "tags"))
+            refs.append(_Ref(short, commit, group != "tags"))
     return refs
 
 

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from proteus_pipeline.errors import IntegrityError, StorageError, VersionConflictError, VersionNotFoundError
 from proteus_pipeline.identity.names import Reference
-from proteus_pipeline.registry.events import parse_tag
-from proteus_pipeline.registry.git import Git, GitError
+from proteus_pipeline.registry.fetching import fetch_events, offered
+from proteus_pipeline.registry.git import Git
 from proteus_pipeline.registry.pointers import Pointer
-from proteus_pipeline.registry.records import VersionRecord, read_record
+from proteus_pipeline.registry.records import read_record
 from proteus_pipeline.registry.refs import publish
 from proteus_pipeline.registry.retirement import check_bytes
 from proteus_pipeline.registry.supply import supply
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from proteus_pipeline.models.checkpoint import Checkpoint
     from proteus_pipeline.models.sources import FetchedWeights, ModelEntry
 
-_REMOTE_TIMEOUT_S = 15.0
 Progress = Callable[[int, int | None], None]
 
 
@@ -62,7 +61,7 @@ def provide(
     manager
         The registry.
     reference
-        ``NAME@vX.Y.Z``, or floating, which must be registered already.
+        ``NAME@vX.Y.Z``, or floating, which must be registered here or on a git remote.
     catalogue
         Where weights come from, by model name: the files of conf/model/.
     progress
@@ -73,7 +72,7 @@ def provide(
     Raises
     ------
     VersionNotFoundError
-        When it is neither registered nor in the catalogue.
+        When it is neither registered, here or on a git remote, nor in the catalogue.
     StorageError
         When its weights can't be fetched.
     IntegrityError
@@ -85,9 +84,12 @@ def provide(
         version = manager.resolve(reference)
     except VersionNotFoundError:
         entry = catalogue.get(wanted.name)
-        if not wanted.exact or entry is None or wanted.selector not in entry.versions:
+        if wanted.exact and entry and wanted.selector in entry.versions:
+            return _register(manager, entry, wanted, progress)
+        if (git := manager.found()) is None:
             raise
-        return _register(manager, entry, wanted, progress)
+        fetch_events(git, wanted.name)
+        version = manager.resolve(reference)
     try:
         _bring(manager, version, force=force)
     except StorageError:
@@ -164,18 +166,10 @@ def _adopt_remote_tag(git: Git, wanted: Reference, digest: str, pointer: Pointer
     A remote that can't be reached is no error: tags are made offline too. Returns whether the tag is here now.
     """
     tag = str(wanted)
-    for remote in (git.try_run("remote") or "").split():
-        incoming = f"refs/proteus/incoming/{tag}"
-        try:
-            refspec = f"+refs/tags/{tag}:{incoming}"
-            git.run("fetch", "--quiet", "--no-tags", remote, refspec, timeout_s=_REMOTE_TIMEOUT_S)
-        except GitError:
-            continue
-        try:
-            record = _record_at(git, incoming, tag)
-            oid = git.run("rev-parse", incoming)
-        finally:
-            git.try_run("update-ref", "-d", incoming)
+    for remote, oid in offered(git, tag):
+        (found,) = git.read_objects([oid])
+        message = found.data.decode("utf-8", "replace").partition("\n\n")[2] if found and found.kind == "tag" else ""
+        record = read_record(message, tag)
         if record is None or (record.model_digest, record.weights["md5"]) != (digest, pointer.md5):
             raise VersionConflictError(
                 f"{tag} on {remote} has other weights: {record.model_digest if record else 'no record'}, here {digest}",
@@ -184,12 +178,6 @@ def _adopt_remote_tag(git: Git, wanted: Reference, digest: str, pointer: Pointer
         # None when the tag is here by now: another process was faster, or the version was deleted.
         return publish(git, {tag: oid})
     return False
-
-
-def _record_at(git: Git, ref: str, tag: str) -> VersionRecord | None:
-    kind = parse_tag(tag)
-    message = git.run("for-each-ref", "--format=%(contents)", ref)
-    return read_record(message, tag) if kind else None
 
 
 def _committed_pointer(root: Path, name: str) -> Pointer | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import secrets
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -12,6 +13,8 @@ from proteus_pipeline.registry.events import Event, History
 from proteus_pipeline.registry.git import Git
 from proteus_pipeline.registry.records import EventRecord, json_like
 from proteus_pipeline.registry.refs import publish
+
+_SIGNS = {"made current": "#", "deleted": "!#", "restored": "%"}
 
 
 def now_text() -> str:
@@ -60,18 +63,25 @@ def publish_event(
     """
     json_like({"reason": reason}, "reason")
     number, sequence = str(version.version), history.next_sequence
-    tag = _tag(history, event, number, sequence)
+    subject = f"{history.name}#current" if event == "made current" else f"{history.name}@v{number}"
+    tag = f"{subject}{_SIGNS[event]}{counter(sequence)}"
     record = EventRecord(event, history.name, number, sequence, author(git), now_text(), reason, dict(details or {}))
-    oid = git.make_tag(tag, version.commit, record.message(), tag_time(history, event, number))
-    if not publish(git, {tag: oid}):
+    tags = {tag: git.make_tag(tag, version.commit, record.message(), tag_time(history, event, number))}
+    withdrawn = _deletions(git, history, number) if event == "restored" else {}
+    tags |= {f"{subject}%{counter(sequence)}": oid for oid in withdrawn.values()}
+    if not publish(git, tags, withdrawn=withdrawn):
         raise StorageError(f"tag {tag} was made meanwhile", "run the command again")
     return tag
 
 
-def _tag(history: History, event: str, number: str, sequence: int) -> str:
-    if event == "made current":
-        return f"{history.name}#current#{sequence}"
-    tag = f"{history.name}@v{number}" + ("!" if event == "deleted" else "")
-    if event == "deleted" and all(e.tag != tag for e in history.events):
-        return tag
-    return f"{tag}#{sequence}"
+def counter(sequence: int) -> str:
+    """Return the last part of a tag's name: two clones may each make an event of the same number."""
+    return f"{sequence}{secrets.randbelow(1_000_000):06d}"
+
+
+def _deletions(git: Git, history: History, number: str) -> dict[str, str]:
+    """Return a version's deletions by the names that gto reads, with their tag objects."""
+    tags = [e.tag for e in history.events if e.kind == "deleted" and e.version == number and "!" in e.tag]
+    found = git.read_objects([f"refs/tags/{tag}" for tag in tags])
+    # Without an object of its own, a tag has nothing to keep, and gto does not read it.
+    return {tag: made.oid for tag, made in zip(tags, found, strict=True) if made and made.kind == "tag"}

@@ -159,7 +159,8 @@ def read_record(message: str, tag: str) -> VersionRecord | None:
         raise IntegrityError(f"the record in tag {tag} is damaged ({error})", _AGAIN) from error
     if not whole:
         raise IntegrityError(f"the record in tag {tag} is damaged (a value of the wrong type)", _AGAIN)
-    if tag.partition("#")[0] != f"{record.name}@v{record.version}":
+    # Not in a deletion's tag, whatever else it holds.
+    if "!" in tag or _subject(tag) != f"{record.name}@v{record.version}":
         raise IntegrityError(f"the record in tag {tag} is of {record.name}@v{record.version}", _AGAIN)
     return record
 
@@ -214,9 +215,14 @@ def read_event(message: str, tag: str) -> EventRecord | None:
     ):
         raise IntegrityError(f"the event in tag {tag} is damaged (a value of the wrong type)", _AGAIN)
     about = (event.name, f"{event.name}@v{event.version}")
-    if tag.partition("#")[0].removesuffix("!") not in about:
+    if _subject(tag) not in about:
         raise IntegrityError(f"the event in tag {tag} is of {about[1]}", _AGAIN)
     return event
+
+
+def _subject(tag: str) -> str:
+    """Return what a tag is about, a model or a version: neither's name holds what GTO's grammar puts after it."""
+    return re.split("[!#%]", tag, maxsplit=1)[0]
 
 
 def _read(message: str, tag: str, mark: str) -> dict[str, Any] | None:

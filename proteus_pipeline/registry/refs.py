@@ -12,7 +12,7 @@ import errno
 import fcntl
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -22,7 +22,6 @@ from proteus_pipeline.registry.git import TEMPORARY_INDEX, Git, GitError, GitKil
 LEDGER = "refs/proteus/ledger/"
 _LOCK = "proteus.lock"
 _JOURNAL = "proteus.journal"
-_NOTHING = "0" * 40
 # Git takes a ref's lock as soon as it starts, and holds it for milliseconds.
 _STARTS_WITHIN_S = 10.0
 _STANDS_STILL_S = 1.0
@@ -102,12 +101,20 @@ def _recover(git: Git, folder: Path) -> None:
     except FileNotFoundError:
         return
     written = dict(line.partition(" ")[::2] for line in text.split("\n") if _is_ref(line.partition(" ")[0]))
-    for ref, oid in written.items():
-        _unlock(folder, ref, oid, began)
-    for ref, oid in written.items():
+    gone = {ref: oid[1:] for ref, oid in written.items() if oid.startswith("-")}
+    made = {ref: oid for ref, oid in written.items() if ref not in gone}
+    for ref in written:
+        _unlock(folder, ref, made.get(ref, ""), began)
+    if gone and _unlock(folder, "packed-refs", "", began):
+        (folder / "packed-refs.new").unlink(missing_ok=True)
+    entered = False
+    for ref, oid in made.items():
         tag = ref.removeprefix("refs/tags/")
         if tag != ref and oid and git.try_run("rev-parse", "--verify", "--quiet", LEDGER + tag) == oid:
-            git.try_run("update-ref", ref, oid, _NOTHING)
+            git.try_run("update-ref", ref, oid, "")
+            entered = True
+    for ref, oid in gone.items() if entered else ():
+        git.try_run("update-ref", "-d", ref, oid)
     journal.unlink(missing_ok=True)
 
 
@@ -117,22 +124,31 @@ def _is_ref(name: str) -> bool:
     return (head or name.startswith("refs/")) and ".." not in name
 
 
-def _unlock(folder: Path, ref: str, oid: str, began: float) -> None:
-    """Remove the lock of a ref that git was killed over."""
+def _unlock(folder: Path, ref: str, oid: str, began: float) -> bool:
+    """Remove the lock of a ref that git was killed over; say whether there was one."""
     lock = folder / f"{ref}.lock"
-    with suppress(FileNotFoundError):
+    try:
         if not ref.startswith(("refs/tags/", LEDGER)):
-            # A branch is the user's too: what is not ours, or not yet a second old, may be a living git's.
+            # A branch is the user's too, and so are packed refs: what is not ours, or not yet a second old, may be a
+            # living git's.
             first = lock.stat()
             if not began <= first.st_mtime <= began + _STARTS_WITHIN_S or lock.read_text().strip() not in {"", oid}:
-                return
+                return False
             time.sleep(max(0.0, _STANDS_STILL_S - (time.time() - first.st_mtime)))
             if (lock.stat().st_ino, lock.stat().st_mtime_ns) != (first.st_ino, first.st_mtime_ns):
-                return
+                return False
         lock.unlink()
+    except FileNotFoundError:
+        return False
+    return True
 
 
-def publish(git: Git, tags: Mapping[str, str], branch: tuple[str, str, str | None] | None = None) -> bool:
+def publish(
+    git: Git,
+    tags: Mapping[str, str],
+    branch: tuple[str, str, str | None] | None = None,
+    withdrawn: Mapping[str, str] | None = None,
+) -> bool:
     """Create tags with their ledger entries, and advance a branch, all or nothing; False, and no change, where one exists.
 
     Parameters
@@ -141,6 +157,8 @@ def publish(git: Git, tags: Mapping[str, str], branch: tuple[str, str, str | Non
         Tag objects' ids by tag name.
     branch
         A branch's full ref, its new commit, and the one it must still be at (None: it must not exist).
+    withdrawn
+        Tags to take away, by name, with what they are: each is among `tags` under another name.
 
     Raises
     ------
@@ -156,9 +174,14 @@ def publish(git: Git, tags: Mapping[str, str], branch: tuple[str, str, str | Non
             lines.append(f"create {ref} {oid}\n")
     locked = dict(refs)
     with exclusive(git):
+        for tag, oid in (withdrawn or {}).items():
+            # A fetched tag need not be in the ledger.
+            for ref in _existing(git, (LEDGER + tag, f"refs/tags/{tag}")):
+                lines.append(f"delete {ref}\n")
+                locked |= {ref: f"-{oid}"}
         if branch:
             ref, new, old = branch
-            lines.append(f"update {ref} {new} {old or _NOTHING}\n")
+            lines.append(f"update {ref} {new} {old}\n" if old else f"create {ref} {new}\n")
             here = Path(git.run("rev-parse", "--path-format=absolute", "--git-dir"))
             # Git locks HEAD along with the branch that it is at.
             locked |= {ref: new, (here.relative_to(git.folder()) / "HEAD").as_posix(): ""}
@@ -166,7 +189,7 @@ def publish(git: Git, tags: Mapping[str, str], branch: tuple[str, str, str | Non
             with _journal(git, locked):
                 git.run("update-ref", "--stdin", data="".join(lines))
         except GitError as error:
-            if any(git.try_run("rev-parse", "--verify", "--quiet", ref) for ref in refs):
+            if _existing(git, refs):
                 return False
             moved = branch and f"cannot lock ref '{branch[0]}'" in error.what and ".lock" not in error.what
             if branch and moved:
@@ -175,6 +198,10 @@ def publish(git: Git, tags: Mapping[str, str], branch: tuple[str, str, str | Non
                 ) from error
             raise
     return True
+
+
+def _existing(git: Git, refs: Iterable[str]) -> list[str]:
+    return [ref for ref in refs if git.try_run("rev-parse", "--verify", "--quiet", ref)]
 
 
 @contextmanager
@@ -207,11 +234,10 @@ def read_ledger(git: Git) -> dict[str, str]:
 
 def enter(git: Git, tag: str, oid: str) -> None:
     """Enter a tag that came from elsewhere; a repository that can't be written goes without."""
-    git.try_run("update-ref", LEDGER + tag, oid, _NOTHING)
+    git.try_run("update-ref", LEDGER + tag, oid, "")
 
 
 def put_back(git: Git, tag: str, oid: str) -> None:
-    """Point a tag to the object that the ledger has for it."""
-    ref = f"refs/tags/{tag}"
-    with exclusive(git), _journal(git, {ref: oid}):
-        git.run("update-ref", ref, oid)
+    """Point a tag to the object that the ledger has for it, or that is to be in both."""
+    with exclusive(git), _journal(git, refs := {LEDGER + tag: oid, f"refs/tags/{tag}": oid}):
+        git.run("update-ref", "--stdin", data="".join(f"update {ref} {oid}\n" for ref in refs))

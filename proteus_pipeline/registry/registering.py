@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from proteus_pipeline.errors import (
     CompatibilityError,
@@ -17,7 +17,7 @@ from proteus_pipeline.errors import (
 from proteus_pipeline.identity.names import Reference, Version
 from proteus_pipeline.registry import retirement
 from proteus_pipeline.registry.committing import Registration, clean_branch, follow
-from proteus_pipeline.registry.events import History
+from proteus_pipeline.registry.events import History, greatest
 from proteus_pipeline.registry.git import Git
 from proteus_pipeline.registry.pointers import Pointer
 from proteus_pipeline.registry.refs import LEDGER, exclusive, put_back
@@ -27,10 +27,23 @@ from proteus_pipeline.registry.weights import DvcCache
 if TYPE_CHECKING:
     from proteus_pipeline.models.checkpoint import Checkpoint
     from proteus_pipeline.registry.compatibility import Compatibility
-    from proteus_pipeline.registry.versions import ModelVersionManager, RegistrableModel
+    from proteus_pipeline.registry.versions import ModelVersionManager
 
 BUMPS = ("auto", "major", "minor", "patch")
 _log = logging.getLogger(__name__)
+
+
+class RegistrableModel(Protocol):
+    """What `ModelVersionManager.register_version` needs of a model: a name, and weights to read."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def checkpoint(self) -> Checkpoint: ...
+
+    @property
+    def source(self) -> Mapping[str, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -66,9 +79,14 @@ def register(manager: ModelVersionManager, request: Request, model: RegistrableM
     name, number = request.name, request.number
     # What can be wrong without reading gigabytes comes first.
     dependencies = _dependencies(manager, request)
-    git, history, checkpoint = manager.ensure_home(), manager.history(name), model.checkpoint
+    git, history = manager.ensure_home(), manager.history(name)
+    if not history.known:
+        _refuse_nested(manager, name)
+    checkpoint = model.checkpoint
     if number in history.known:
         return _same_or_conflict(manager, request, str(number), checkpoint)
+    if request.bump and (there := _made_before(manager, history, request, checkpoint)):
+        return there
     given: dict[str, Any] = {"source": dict(model.source), "metadata": request.metadata or {}}
     given |= {"reason": request.reason, "breaking": request.breaking, "configuration": request.configuration}
     given["dependencies"] = dependencies
@@ -92,6 +110,32 @@ def register(manager: ModelVersionManager, request: Request, model: RegistrableM
         return _same_or_conflict(manager, request, number, checkpoint)
     _keep_to_limit(manager, name, number)
     return manager.get_version(name, number)
+
+
+def _refuse_nested(manager: ModelVersionManager, name: str) -> None:
+    """Refuse a name whose folder would lie in another model's, or around it: DVC tracks no output within another."""
+    for other in manager.list_models():
+        if other.startswith(f"{name}/") or name.startswith(f"{other}/"):
+            raise VersionConflictError(
+                f"{name} can't be a model beside {other}: of the folders models/{name} and models/{other} one would hold "
+                "the other",
+                "choose a name that is not the beginning of the other, such as one in a folder of its own",
+            )
+
+
+def _made_before(
+    manager: ModelVersionManager, history: History, request: Request, checkpoint: Checkpoint
+) -> ModelVersion | None:
+    """Return the greatest version where a bump would only repeat it, as after a command that was interrupted late."""
+    latest = greatest(history.live)
+    record = history.live[latest].record if latest else None
+    if record is None or record.model_digest != checkpoint.model_digest:
+        return None
+    if request.metadata is not None and dict(request.metadata) != dict(record.metadata):
+        return None
+    there = manager.sound(history, str(latest))
+    _log.warning("%s has these weights and this metadata already: no new version", there.reference)
+    return there
 
 
 def number_of(version: str | None, bump: str | None) -> str | None:

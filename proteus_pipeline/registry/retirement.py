@@ -13,15 +13,17 @@ from typing import TYPE_CHECKING
 from proteus_pipeline.errors import IntegrityError, StorageError, VersionConflictError
 from proteus_pipeline.registry.backups import Backup, Backups
 from proteus_pipeline.registry.events import History
+from proteus_pipeline.registry.git import Git
 from proteus_pipeline.registry.pointers import Pointer
 from proteus_pipeline.registry.protection import pointed_to, users
 from proteus_pipeline.registry.publishing import publish_event
-from proteus_pipeline.registry.refs import exclusive
+from proteus_pipeline.registry.refs import exclusive, publish
 from proteus_pipeline.registry.supply import mend, supply
 from proteus_pipeline.registry.version import ModelVersion
 from proteus_pipeline.registry.weights import DvcCache
 
 if TYPE_CHECKING:
+    from proteus_pipeline.models.checkpoint import Checkpoint
     from proteus_pipeline.registry.versions import ModelVersionManager
 
 
@@ -160,9 +162,9 @@ def back_up(manager: ModelVersionManager, version: ModelVersion) -> None:
     entries = cache.listing(version.pointer) or {}
     folder = [version.pointer.md5] if version.pointer.is_folder else []
     objects = tuple(dict.fromkeys([*folder, *entries.values()]))
-    message = version.record.message() if version.record else ""
-    backup = Backup(version.reference, version.tag, version.oid, message, version.commit, version.pointer, objects)
-    backups.make(backup, cache)
+    (tag,) = Git(manager.root).read_objects([version.oid])
+    text = tag.data.decode("utf-8", "surrogateescape") if tag and tag.kind == "tag" else ""
+    backups.make(Backup(version.reference, version.tag, text, version.pointer, objects), cache)
 
 
 def restore(manager: ModelVersionManager, name: str, number: str, *, reason: str = "") -> ModelVersion:
@@ -179,6 +181,8 @@ def restore(manager: ModelVersionManager, name: str, number: str, *, reason: str
 
     """
     git = manager.ensure_home()
+    if number not in manager.history(name).known:
+        _restore_tag(manager, git, f"{name}@v{number}")
     version = manager.version_of(manager.history(name), number)
     check_bytes(manager, version)
     with exclusive(git):
@@ -188,6 +192,18 @@ def restore(manager: ModelVersionManager, name: str, number: str, *, reason: str
             publish_event(git, history, "restored", history.known[number], reason=reason)
         Backups(manager.root).release(version.reference)
     return manager.get_version(name, number)
+
+
+def _restore_tag(manager: ModelVersionManager, git: Git, reference: str) -> None:
+    """Write a version's tag again from its backup, where git has lost it and has the commit it points to."""
+    backup = Backups(manager.root).find(reference)
+    if backup is None or not backup.tag_object:
+        return
+    commit = backup.tag_object.partition("\n")[0].removeprefix("object ")
+    if git.ids([f"{commit}^{{commit}}"]) != [None]:
+        text = backup.tag_object.encode("utf-8", "surrogateescape")
+        oid = git.run_bytes("hash-object", "-t", "tag", "-w", "--stdin", data=text).decode().strip()
+        publish(git, {backup.tag: oid})
 
 
 def check_bytes(manager: ModelVersionManager, version: ModelVersion) -> None:
@@ -203,7 +219,7 @@ def check_bytes(manager: ModelVersionManager, version: ModelVersion) -> None:
     """
     try:
         if version.record:
-            _touch(version)
+            touch(version.checkpoint)
             return
     except IntegrityError:
         pass  # by its digests; which object it is, the hashes say
@@ -213,14 +229,13 @@ def check_bytes(manager: ModelVersionManager, version: ModelVersion) -> None:
     entries = cache.listing(version.pointer) or {}
     if damaged := [md5 for md5 in entries.values() if not cache.is_sound(md5)]:
         mend(manager.root, damaged, version.reference)
-    _touch(replace(version))  # anew: what was mapped before was damaged
+    touch(replace(version).checkpoint)  # anew: what was mapped before was damaged
 
 
-def _touch(version: ModelVersion) -> None:
+def touch(checkpoint: Checkpoint) -> None:
     """Have every tensor checked: each is when it is touched."""
-    tensors = version.checkpoint.tensors
-    for name in tensors:
-        tensors[name]
+    for name in checkpoint.tensors:
+        checkpoint.tensors[name]
 
 
 def retire(

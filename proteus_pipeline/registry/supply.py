@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from proteus_pipeline.errors import IntegrityError, StorageError
 from proteus_pipeline.registry.backups import Backups
-from proteus_pipeline.registry.home import private_folder, scratch_folder
+from proteus_pipeline.registry.home import scratch_folder
 from proteus_pipeline.registry.pointers import Pointer
 from proteus_pipeline.registry.remotes import DvcRemote, remotes
-from proteus_pipeline.registry.weights import DvcCache, Objects
+from proteus_pipeline.registry.weights import DvcCache, Objects, quarantine
 from proteus_pipeline.stores.files import md5_file
 
 _TRANSFERS = 8
@@ -44,8 +43,13 @@ def supply(root: Path, pointer: Pointer, reference: str) -> dict[str, Path]:
     return files
 
 
-def mend(root: Path, md5s: Iterable[str], reference: str) -> None:
+def mend(root: Path, md5s: Iterable[str], reference: str, damaged: Objects | None = None) -> None:
     """Put sound objects in place of damaged or missing ones; what was damaged is kept in quarantine.
+
+    Parameters
+    ----------
+    damaged
+        Where they are: the DVC cache, where none is given.
 
     Raises
     ------
@@ -53,15 +57,15 @@ def mend(root: Path, md5s: Iterable[str], reference: str) -> None:
         When no sound copy is found (IntegrityError where a damaged one is here); everything is then where it was.
 
     """
-    cache = DvcCache(root)
+    objects = damaged or DvcCache(root)
     wanted = list(dict.fromkeys(md5s))
     try:
-        _Sources(root).bring(cache, wanted, reference)
+        _Sources(root).bring(objects, wanted, reference)
     except StorageError as error:
-        if not any(cache.object(md5).exists() for md5 in wanted):
+        if not any(objects.object(md5).exists() for md5 in wanted):
             raise
         raise IntegrityError(
-            f"the weights of {reference} in the DVC cache are damaged, and no sound copy was found: {error.what}",
+            f"the weights of {reference} in {damaged.folder if damaged else 'the DVC cache'} are damaged, and no sound copy was found: {error.what}",
             error.remedy,
         ) from error
 
@@ -100,35 +104,26 @@ def send(root: Path, pointer: Pointer, reference: str, name: str | None = None) 
     return len(missing), remote.name
 
 
-def quarantine(root: Path, objects: Objects, md5: str) -> Path | None:
-    """Move an object out of the way, to .proteus/quarantine; None when it is not there. Nothing is ever deleted."""
-    if not objects.object(md5).exists():
-        return None
-    target = private_folder(root) / "quarantine" / f"{md5}-{secrets.token_hex(4)}"
-    target.parent.mkdir(exist_ok=True)
-    objects.take_out(md5, target)
-    return target
-
-
 class _Sources:
     """Where objects may come from, in the order of what asking costs."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
-        self._backups = Backups(root)
+        self._here = (DvcCache(root), Backups(root).objects)
         self._remotes = remotes(root)
 
-    def bring(self, cache: DvcCache, md5s: Iterable[str], reference: str) -> None:
-        """Have sound objects in the cache; those that are sound already stay."""
-        wanted = {md5 for md5 in md5s if not cache.is_sound(md5)}
+    def bring(self, target: Objects, md5s: Iterable[str], reference: str) -> None:
+        """Have sound objects in `target`; those that are sound already stay."""
+        wanted = {md5 for md5 in md5s if not target.is_sound(md5)}
+        others = [objects for objects in self._here if objects.folder != target.folder]
         for md5 in sorted(wanted):
-            if self._backups.objects.is_sound(md5):
-                self._place(cache, md5, self._backups.objects.object(md5))
+            if source := next((objects for objects in others if objects.is_sound(md5)), None):
+                self._place(target, md5, source.object(md5))
                 wanted.discard(md5)
         failures: list[StorageError] = []
         for remote in self._remotes:
             if wanted:
-                failures += self._from_remote(remote, cache, wanted)
+                failures += self._from_remote(remote, target, wanted)
         if not wanted:
             return
         if damaged := next((f for f in failures if isinstance(f, IntegrityError)), None):
@@ -137,14 +132,14 @@ class _Sources:
         why = f" ({failures[0].what})" if failures else ""
         raise StorageError(
             f"the weights of {reference} are not in the DVC cache, and not in {', '.join(looked)}{why}",
-            f"proteus model pull {reference}, or dvc fetch them from where they are",
+            "dvc remote add the place that has them, or ask who registered them; proteus model pull asks their source too",
         )
 
-    def _place(self, cache: DvcCache, md5: str, source: Path) -> None:
-        quarantine(self._root, cache, md5)
-        cache.add(source, md5)
+    def _place(self, target: Objects, md5: str, source: Path) -> None:
+        quarantine(self._root, target, md5)
+        target.add(source, md5)
 
-    def _from_remote(self, remote: DvcRemote, cache: DvcCache, wanted: set[str]) -> list[StorageError]:
+    def _from_remote(self, remote: DvcRemote, target: Objects, wanted: set[str]) -> list[StorageError]:
         """Bring what a remote has of the wanted objects, which are then no longer wanted; return what went wrong."""
         with scratch_folder(self._root, "fetch") as scratch, ThreadPoolExecutor(_TRANSFERS) as pool:
 
@@ -160,7 +155,7 @@ class _Sources:
                         f"DVC remote {remote.name} sent {md5} damaged: what arrived is not what its name says",
                         "proteus model verify --repair where a sound copy is, or push it again",
                     )
-                self._place(cache, md5, arrived)
+                self._place(target, md5, arrived)
                 wanted.discard(md5)
                 return None
 

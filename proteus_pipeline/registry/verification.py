@@ -5,27 +5,28 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from shlex import quote
 from typing import TYPE_CHECKING
 
 from proteus_pipeline.errors import ConfigError, IntegrityError, ModelError, ProteusError, StorageError
 from proteus_pipeline.registry.backups import Backups
 from proteus_pipeline.registry.events import Event, History, parse_tag
-from proteus_pipeline.registry.git import GitError
+from proteus_pipeline.registry.fetching import offered
 from proteus_pipeline.registry.home import private_folder, scratch_folder
 from proteus_pipeline.registry.pointers import Pointer
 from proteus_pipeline.registry.records import read_event, read_record
-from proteus_pipeline.registry.refs import exclusive, put_back, read_ledger
+from proteus_pipeline.registry.refs import put_back, read_ledger
 from proteus_pipeline.registry.remotes import DvcRemote, remotes
-from proteus_pipeline.registry.supply import mend, quarantine
+from proteus_pipeline.registry.retirement import touch
+from proteus_pipeline.registry.supply import mend
 from proteus_pipeline.registry.version import ModelVersion
-from proteus_pipeline.registry.weights import DvcCache, sha256_of
+from proteus_pipeline.registry.weights import DvcCache, quarantine, sha256_of
 from proteus_pipeline.stores.files import md5_file, write_atomic
 
 if TYPE_CHECKING:
     from proteus_pipeline.registry.versions import ModelVersionManager
 
 MISSING, DAMAGED = "missing", "damaged"
-_REMOTE_TIMEOUT_S = 15.0
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ class Verification:
 
     def _concerns(self, tag: str, name: str) -> bool:
         if self._tag:
-            return tag == self._tag or tag.startswith((f"{self._tag}!", f"{self._tag}#"))
+            return tag == self._tag or tag.startswith((f"{self._tag}!", f"{self._tag}#", f"{self._tag}%"))
         return not self._name or name == self._name
 
     def _meddled(self, tag: str, event: Event | None, entered: str) -> Finding:
@@ -125,7 +126,7 @@ class Verification:
             kind, what = MISSING, f"tag {tag} was removed"
         else:
             what += f": it is {event.oid[:12]} now, and was {entered[:12]} when it was made"
-        finding = Finding(tag, "tag", kind, what, f"git update-ref refs/tags/{tag} {entered}")
+        finding = Finding(tag, "tag", kind, what, f"git update-ref {quote(f'refs/tags/{tag}')} {entered}")
         if not self._readable(entered, tag):
             return replace(finding, remedy="fetch the tag again from a remote")
 
@@ -146,20 +147,9 @@ class Verification:
 
     def _fetch_tag(self, tag: str) -> str:
         """Take a tag from the first git remote that has it whole."""
-        for remote in (self._git.try_run("remote") or "").split():
-            incoming = f"refs/proteus/incoming/{tag}"
-            try:
-                refspec = f"+refs/tags/{tag}:{incoming}"
-                self._git.run("fetch", "--quiet", "--no-tags", remote, refspec, timeout_s=_REMOTE_TIMEOUT_S)
-                oid = self._git.run("rev-parse", incoming)
-            except GitError:
-                continue
-            finally:
-                self._git.try_run("update-ref", "-d", incoming)
+        for remote, oid in offered(self._git, tag):
             if self._readable(oid, tag):
-                with exclusive(self._git):
-                    put_back(self._git, tag, oid)
-                    self._git.run("update-ref", f"refs/proteus/ledger/{tag}", oid)
+                put_back(self._git, tag, oid)
                 return f"fetched from {remote}"
         raise StorageError(f"no git remote has {tag} whole", "ask a colleague who has it")
 
@@ -262,8 +252,7 @@ class Verification:
         """Check the tensors against the record; the objects are whole by now, so that the two can only disagree."""
         try:
             checkpoint = version.checkpoint
-            for tensor in checkpoint.tensors:
-                checkpoint.tensors[tensor]
+            touch(checkpoint)
             what = f"the weights of {version.reference} do not have the SHA-256 in its record"
             sound = version.record is None or version.record.weights.get("sha256") == sha256_of(version.files)
         except (IntegrityError, StorageError, ModelError) as error:
@@ -333,6 +322,20 @@ class Verification:
             for md5 in backup.objects:
                 if not backups.objects.is_sound(md5):
                     yield self._backup_finding(backups, backup.reference, md5)
+        for history in self._manager.histories(self._name or None):
+            for reference in _backed_up(history):
+                if self._tag in {None, reference}:
+                    yield from self._promised(backups, reference)
+
+    def _promised(self, backups: Backups, reference: str) -> Iterator[Finding]:
+        """Look for the backup that a deletion speaks of."""
+        remedy = f"proteus model restore {reference} while its weights can be had, then delete it again"
+        try:
+            if backups.find(reference) is None:
+                what = f"{reference} was deleted with a backup, which is not here ({backups.path(reference)})"
+                yield Finding(reference, "backup", MISSING, what, f"{remedy}; the clone that deleted it has the backup")
+        except IntegrityError as error:
+            yield Finding(reference, "backup", DAMAGED, error.what, remedy)
 
     def _backup_finding(self, backups: Backups, reference: str, md5: str) -> Finding:
         path = backups.objects.object(md5)
@@ -340,10 +343,8 @@ class Verification:
         what = f"{md5} is {kind} in the backup of {reference} ({path})"
 
         def bring() -> str:
-            if not self._cache.is_sound(md5):
-                raise StorageError("no sound copy is in the DVC cache", "bring one from elsewhere")
-            backups.objects.add(self._cache.object(md5), md5)
-            return "copied again from the DVC cache"
+            mend(self._manager.root, [md5], reference, backups.objects)
+            return "a sound copy is in its place" + ("; the damaged one is in quarantine" if kind == DAMAGED else "")
 
         return self._mended(Finding(reference, "backup", kind, what, "bring a copy of it from elsewhere"), bring)
 
@@ -390,3 +391,9 @@ class Verification:
             return replace(finding, repaired=repair())
         except ProteusError as error:
             return replace(finding, remedy=f"{finding.remedy} (not mended: {error.what})")
+
+
+def _backed_up(history: History) -> list[str]:
+    """Return the deleted versions whose last deletion says that there is a backup."""
+    last = {e.version: e.told for e in history.events if e.kind == "deleted" and e.version not in history.live}
+    return [f"{history.name}@v{number}" for number, told in last.items() if told and told.details.get("backup")]

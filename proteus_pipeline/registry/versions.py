@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from proteus_pipeline.errors import ConfigError
 from proteus_pipeline.identity.names import Reference, Version, check_name
@@ -26,23 +26,11 @@ if TYPE_CHECKING:
     from proteus_pipeline.registry.activity import VersionMetrics
     from proteus_pipeline.registry.compatibility import Compatibility
     from proteus_pipeline.registry.differences import VersionDifference
+    from proteus_pipeline.registry.registering import RegistrableModel
     from proteus_pipeline.registry.retirement import Deletion
     from proteus_pipeline.registry.verification import Finding
 
 MAX_VERSIONS = 10
-
-
-class RegistrableModel(Protocol):
-    """What `ModelVersionManager.register_version` needs of a model: a name, and weights to read."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def checkpoint(self) -> Checkpoint: ...
-
-    @property
-    def source(self) -> Mapping[str, Any]: ...
 
 
 class ModelVersionManager(VersionLookup):
@@ -195,7 +183,7 @@ class ModelVersionManager(VersionLookup):
             name=check_name(model.name),
             number=number,
             bump=bump,
-            metadata=self._checked(metadata),
+            metadata=self._metadata(metadata),
             configuration=json_like(configuration or {}, "configuration"),
             dependencies=dependencies,
             reason=reason,
@@ -206,7 +194,7 @@ class ModelVersionManager(VersionLookup):
         )
         return register(self, request, model)
 
-    def _checked(self, metadata: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    def _metadata(self, metadata: Mapping[str, Any] | None) -> dict[str, Any] | None:
         plain = None if metadata is None else json_like(metadata, "metadata")
         if self._schema is not None:
             from proteus_pipeline.registry.metadata import check_metadata
@@ -300,14 +288,14 @@ class ModelVersionManager(VersionLookup):
         """
         from proteus_pipeline.registry import retirement
 
-        name, number = check_name(model_name), Version.parse(version).text
+        name, number = _checked(model_name, version)
         return retirement.delete(self, name, number, reason=reason, force=force)
 
     def plan_deletion(self, model_name: str, version: str) -> Deletion:
         """Return what `delete_version` would do."""
         from proteus_pipeline.registry import retirement
 
-        name, number = check_name(model_name), Version.parse(version).text
+        name, number = _checked(model_name, version)
         return retirement.plan(self, self.history(name), [number])[0]
 
     def restore_version(self, model_name: str, version: str, *, reason: str = "") -> ModelVersion:
@@ -323,7 +311,7 @@ class ModelVersionManager(VersionLookup):
         """
         from proteus_pipeline.registry import retirement
 
-        name, number = check_name(model_name), Version.parse(version).text
+        name, number = _checked(model_name, version)
         return retirement.restore(self, name, number, reason=reason)
 
     def prune(self, model_name: str, keep: int, *, reason: str = "", dry_run: bool = False) -> list[Deletion]:
@@ -361,7 +349,7 @@ class ModelVersionManager(VersionLookup):
         """
         from proteus_pipeline.registry.adoption import adopt
 
-        return adopt(self, check_name(model_name), Version.parse(version).text, reason=reason)
+        return adopt(self, *_checked(model_name, version), reason=reason)
 
     def verify(self, reference: str | None = None, *, repair: bool = False, deep: bool = False) -> list[Finding]:
         """Check tags, records, pointers, objects, digests, remotes, backups and dependencies; an empty list is sound.
@@ -402,3 +390,7 @@ class ModelVersionManager(VersionLookup):
         from proteus_pipeline.registry.activity import count_event
 
         count_event(self.root, event)
+
+
+def _checked(name: str, version: str) -> tuple[str, str]:
+    return check_name(name), Version.parse(version).text

@@ -24,6 +24,7 @@ from pathlib import Path, PurePosixPath
 import platformdirs
 
 from proteus_pipeline.errors import IntegrityError, StorageError
+from proteus_pipeline.registry.home import private_folder
 from proteus_pipeline.registry.pointers import Pointer
 from proteus_pipeline.registry.records import OBJECT_MD5
 from proteus_pipeline.stores.files import (
@@ -197,6 +198,16 @@ def _take(source: Path, target: Path, *, move: bool) -> None:
         else:
             return
     shutil.copyfile(source, target)
+
+
+def quarantine(root: Path, objects: Objects, md5: str) -> Path | None:
+    """Move an object out of the way, to .proteus/quarantine; None when it is not there. Nothing is ever deleted."""
+    if not objects.object(md5).exists():
+        return None
+    target = private_folder(root) / "quarantine" / f"{md5}-{secrets.token_hex(4)}"
+    target.parent.mkdir(exist_ok=True)
+    objects.take_out(md5, target)
+    return target
 
 
 def sha256_of(files: Mapping[str, Path]) -> str:

@@ -285,3 +285,19 @@ def test_what_pipelines_call_current_follows_a_rollback_once_it_is_locked_anew(
     assert "m@current means v1.0.0 now, and models.lock says v1.1.0" in capsys.readouterr().err
     assert two("lock", "--update")[1].startswith("m@current is v1.0.0\n")
     assert "models.lock says" not in two("rollback", "m@v1.0.0")[1]
+
+
+def test_what_a_dry_run_would_do_is_said_as_json_too(two: Run):
+    code, out, _ = two("rollback", "m@v1.0.0", "--dry-run", "--json")
+    assert (code, json.loads(out)) == (0, {"reference": "m@v1.0.0", "would": "make current", "current": "1.1.0"})
+    two("delete", "m@v1.0.0")
+    code, out, _ = two("restore", "m@v1.0.0", "--dry-run", "--json")
+    assert (code, json.loads(out)) == (0, {"reference": "m@v1.0.0", "would": "restore"})
+    assert two("restore", "m@v3.0.0", "--dry-run")[0] == 1
+
+
+def test_a_reason_s_control_characters_reach_no_terminal(two: Run):
+    two("rollback", "m@v1.0.0", "--reason", "a \x1b[2Jcleared\nscreen")
+    _, out, _ = two("history", "m")
+    assert "\x1b" not in out
+    assert r"a \x1b[2Jcleared\nscreen" in out

@@ -37,6 +37,13 @@ def by_gto(root: Path, path: str, *, version: str = "v1.0.0") -> None:
     tool(root, "gto", "register", "m", "--version", version, "--repo", str(root))
 
 
+def table(root: Path) -> list[str]:
+    """The versions of m in the table that `gto show` prints for people."""
+    printed = tool(root, "gto", "show", "m", "--repo", str(root))
+    cells = [cell.strip() for line in printed.splitlines() for cell in line.split("│")[2:3]]
+    return [cell for cell in cells if cell.startswith("v1")]
+
+
 @pytest.fixture
 def manager(repository: Path) -> ModelVersionManager:
     return ModelVersionManager(repository)
@@ -81,6 +88,7 @@ def test_what_gto_registered_is_listed_read_verified_and_adopted(
     assert manager.verify() == []
     shown = json.loads(tool(repository, "gto", "show", "m", "--json", "--repo", str(repository)))
     assert [row["version"] for row in shown] == ["v1.0.0"]
+    assert table(repository) == ["v1.0.0"]
     with pytest.raises(VersionConflictError, match="has a record already"):
         manager.adopt("m", "1.0.0")
 
@@ -122,6 +130,7 @@ def test_gto_and_dvc_agree_with_the_listing_through_every_event(
         ours = {v.version for v in manager.list_versions("m")}
         shown = json.loads(tool(repository, "gto", "show", "m", "--json", "--repo", str(repository)))
         assert {row["version"].removeprefix("v") for row in shown} == ours
+        assert {number.removeprefix("v") for number in table(repository)} == ours
         for version in manager.list_versions("m") if bytes_too else ():
             out = tmp_path / "out"
             tool(repository, "dvc", "artifacts", "get", ".", "m", "--rev", f"v{version.version}", "-o", str(out))
@@ -148,7 +157,9 @@ def test_gto_and_dvc_agree_with_the_listing_through_every_event(
     kinds = [
         row["event"] for row in json.loads(tool(repository, "gto", "history", "m", "--json", "--repo", str(repository)))
     ]
-    assert kinds.count("deregistration") == 3
+    assert kinds.count("deregistration") == 2, "the one that was restored since is gto's no longer"
+    assert [e.kind for e in manager.history("m").events].count("deleted") == 3, "and is in our history all the same"
+    assert manager.verify() == []
 
 
 def test_a_version_that_gto_deregistered_is_not_live_and_can_be_restored(
@@ -171,3 +182,48 @@ def test_lost_weights_of_anothers_tag_say_so(manager: ModelVersionManager, repos
     shutil.rmtree(repository / ".dvc" / "cache")
     with pytest.raises(StorageError, match="not in the DVC cache"):
         manager.adopt("m", "1.0.0")
+
+
+def test_gto_s_taking_the_stage_away_leaves_the_greatest_release(manager: ModelVersionManager, repository: Path):
+    for number in range(3):
+        manager.register_version(Given("m", make_checkpoint(seed=number)), f"1.{number}.0")
+    git(repository, "config", "user.name", "A")
+    git(repository, "config", "user.email", "a@example.org")
+    manager.rollback("m", "1.0.0")
+    tool(repository, "gto", "assign", "m", "--version", "v1.1.0", "--stage", "current", "--repo", str(repository))
+    assert manager.resolve("m").version == "1.1.0", "gto's own assignment, whose counter follows ours"
+    tool(repository, "gto", "deprecate", "m", "v1.1.0", "current", "--repo", str(repository))
+    assert manager.resolve("m").version == "1.2.0"
+    assert manager.rollback("m", "1.0.0").current
+
+
+def test_a_clone_that_fetched_a_deletion_and_then_its_restoration_counts_neither_twice(
+    manager: ModelVersionManager, repository: Path, tiny: Checkpoint, tmp_path: Path
+):
+    manager.register_version(Given("m", tiny), "1.0.0")
+    manager.register_version(Given("m", make_checkpoint(seed=1)), "1.1.0")
+    manager.delete_version("m", "1.0.0")
+    git(tmp_path, "clone", "--quiet", str(repository), "clone")
+    manager.restore_version("m", "1.0.0")
+    git(tmp_path / "clone", "fetch", "--quiet", "--tags")
+    there = ModelVersionManager(tmp_path / "clone")
+    assert there.history("m").events == manager.history("m").events
+    assert list(there.history("m").live) == ["1.0.0", "1.1.0"]
+
+
+def test_two_clones_changes_do_not_collide(manager: ModelVersionManager, repository: Path, tmp_path: Path):
+    for number in range(3):
+        manager.register_version(Given("m", make_checkpoint(seed=number)), f"1.{number}.0")
+    git(tmp_path, "clone", "--quiet", "--bare", str(repository), "hub.git")
+    git(repository, "remote", "add", "hub", str(tmp_path / "hub.git"))
+    git(tmp_path, "clone", "--quiet", "hub.git", "other")
+    other = ModelVersionManager(tmp_path / "other")
+    git(tmp_path / "other", "config", "--file", ".dvc/config", "cache.dir", str(repository / ".dvc" / "cache"))
+    manager.rollback("m", "1.0.0")
+    other.rollback("m", "1.1.0")
+    git(tmp_path / "other", "push", "--quiet", "--tags")
+    git(repository, "push", "--quiet", "--tags", "hub")
+    git(repository, "fetch", "--quiet", "--tags", "hub")
+    git(tmp_path / "other", "fetch", "--quiet", "--tags")
+    assert manager.history("m").events == other.history("m").events
+    assert manager.resolve("m").version == other.resolve("m").version

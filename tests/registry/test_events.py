@@ -38,7 +38,13 @@ def folded(*events: Event) -> History:
         ("m@v1.0.0#2", ("registered", "m", "1.0.0", 2)),
         ("m@v1.0.0!", ("deleted", "m", "1.0.0", None)),
         ("m@v1.0.0!#2", ("deleted", "m", "1.0.0", 2)),
+        ("m@v1.0.0%3123456", ("unknown", "m", "1.0.0", 3123456)),
         ("m#current#12", ("made current", "m", None, 12)),
+        ("m#current!#13", ("no longer current", "m", None, 13)),
+        ("m#current!", None),
+        ("m@v1.0.0!%3", None),
+        ("m@v1.0.0%", None),
+        ("m@v1.0.0%3#3", None),
         ("m#current", None),
         ("m#prod#1", None),
         ("m@deprecated", None),
@@ -57,7 +63,7 @@ def test_tags_of_the_grammar_and_no_others(tag: str, parsed: object):
     assert parse_tag(tag) == parsed
 
 
-@given(st.from_regex(r"[a-z]{1,3}@v[0-9a-z.+-]{1,12}!?(#\d)?", fullmatch=True))
+@given(st.from_regex(r"[a-z]{1,3}@v[0-9a-z.+-]{1,12}(!?(#\d)?|%\d)", fullmatch=True))
 def test_a_tag_that_parses_has_a_version_that_can_be_ordered(tag: str):
     parsed = parse_tag(tag)
     assert parsed is None or semver.Version.is_valid(parsed[2] or "")

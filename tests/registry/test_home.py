@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -73,3 +74,18 @@ def test_a_folder_of_other_things_is_left_alone(tmp_path: Path):
     with pytest.raises(StorageError, match="not in a git repository"):
         open_home(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_repository_without_dvc_is_no_home(tmp_path: Path):
+    git(tmp_path, "init", "--quiet")
+    with pytest.raises(StorageError, match=r"without DVC; run dvc init"):
+        open_home(tmp_path)
+
+
+def test_homes_that_killed_processes_left_half_made_go(tmp_path: Path):
+    left, young = tmp_path / f".home-{'a' * 16}", tmp_path / f".home-{'b' * 16}"
+    (left / ".git").mkdir(parents=True)
+    young.mkdir()
+    os.utime(left, (1, 1))
+    open_home(tmp_path / "home")
+    assert (left.exists(), young.exists()) == (False, True)

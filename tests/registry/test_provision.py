@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 from conftest import git, make_checkpoint
+from registering import Given
 
 from proteus_pipeline.errors import IntegrityError, StorageError, VersionConflictError, VersionNotFoundError
 from proteus_pipeline.models.checkpoint import Checkpoint
 from proteus_pipeline.models.folder import write_folder
 from proteus_pipeline.models.sources import FileSource, ModelEntry
 from proteus_pipeline.registry.provision import provide
+from proteus_pipeline.registry.supply import send
 from proteus_pipeline.registry.versions import ModelVersion, ModelVersionManager
 from proteus_pipeline.registry.weights import DvcCache
 
@@ -289,3 +291,25 @@ def test_a_remote_that_cant_be_reached_or_lacks_the_tag_does_not_matter(
     git(two.root, "tag", "-d", M1)
     git(two.root, "remote", "remove", "zz")
     assert provide(two, M1, entry(folders["tiny"])).tag == M1
+
+
+def test_a_version_that_only_a_git_remote_has_comes_with_its_events(
+    clones: tuple[ModelVersionManager, ModelVersionManager], folders: dict[str, Path], tiny: Checkpoint, tmp_path: Path
+):
+    one, two = clones
+    for clone in clones:
+        git(clone.root, "config", "--file", ".dvc/config", "remote.shared.url", "x")
+        text = f"[core]\n    remote = shared\n['remote \"shared\"']\n    url = {tmp_path / 'remote'}\n"
+        (clone.root / ".dvc" / "config").write_text(text)
+    provide(one, M1, entry(folders["tiny"]))
+    one.register_version(Given("m", make_checkpoint(seed=5)), "1.1.0")
+    one.rollback("m", "1.0.0")
+    for number in ("1.0.0", "1.1.0"):
+        version = one.get_version("m", number)
+        send(one.root, version.pointer, version.reference)
+    git(one.root, "push", "--quiet", "--tags", "origin")
+    assert provide(two, "m", {}).checkpoint.model_digest == tiny.model_digest
+    assert [e.tag for e in two.history("m").events] == [e.tag for e in one.history("m").events]
+    assert provide(two, "m@v1.1.0", {}).version == "1.1.0"
+    with pytest.raises(VersionNotFoundError):
+        provide(two, "m@v9.0.0", {})

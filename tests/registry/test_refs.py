@@ -13,7 +13,7 @@ from conftest import ROOT, git
 from proteus_pipeline.errors import StorageError
 from proteus_pipeline.registry import refs
 from proteus_pipeline.registry.git import Git, GitError
-from proteus_pipeline.registry.refs import enter, exclusive, publish, put_back, read_ledger
+from proteus_pipeline.registry.refs import LEDGER, enter, exclusive, publish, put_back, read_ledger
 
 
 def tag(here: Git, name: str, message: str = "x\n") -> str:
@@ -144,3 +144,39 @@ def test_a_tag_from_elsewhere_is_entered_once_and_can_be_put_back(repository: Pa
     git(repository, "update-ref", "refs/tags/m@v1.0.0", second)
     put_back(here, "m@v1.0.0", first)
     assert git(repository, "rev-parse", "m@v1.0.0") == first
+
+
+def test_a_withdrawn_tag_goes_with_its_entry_as_the_new_one_comes(repository: Path):
+    here = Git(repository)
+    oid = tag(here, "m@v1.0.0!#1")
+    assert publish(here, {"m@v1.0.0!#1": oid})
+    git(repository, "pack-refs", "--all")
+    assert publish(here, {"m@v1.0.0%2": oid}, withdrawn={"m@v1.0.0!#1": oid})
+    assert git(repository, "tag") == "m@v1.0.0%2"
+    assert read_ledger(here) == {"m@v1.0.0%2": oid}
+
+
+def test_a_withdrawal_that_a_kill_cut_short_is_completed(repository: Path):
+    here = Git(repository)
+    oid = tag(here, "m@v1.0.0!#1")
+    assert publish(here, {"m@v1.0.0!#1": oid, "m@v1.0.0%2": oid})
+    folder = repository / ".git"
+    lines = [f"refs/tags/m@v1.0.0%2 {oid}", f"{LEDGER}m@v1.0.0!#1 -{oid}", f"refs/tags/m@v1.0.0!#1 -{oid}"]
+    (folder / "proteus.journal").write_text("\n".join(lines))
+    (folder / "packed-refs.lock").touch()
+    (folder / "packed-refs.new").touch()
+    with exclusive(here):
+        pass
+    assert git(repository, "tag") == "m@v1.0.0%2"
+    assert read_ledger(here) == {"m@v1.0.0%2": oid}
+    assert not list(folder.glob("packed-refs.*"))
+
+
+def test_a_withdrawal_that_a_kill_stopped_before_it_began_is_not_made(repository: Path):
+    here = Git(repository)
+    oid = tag(here, "m@v1.0.0!#1")
+    assert publish(here, {"m@v1.0.0!#1": oid})
+    (repository / ".git" / "proteus.journal").write_text(f"refs/tags/m@v1.0.0%2 {oid}\nrefs/tags/m@v1.0.0!#1 -{oid}")
+    with exclusive(here):
+        pass
+    assert git(repository, "tag") == "m@v1.0.0!#1"

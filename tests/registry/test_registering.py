@@ -241,3 +241,20 @@ def test_a_tag_that_a_hand_removed_is_put_back_for_the_same_weights_and_conflict
         manager.register_version(Given("m", make_checkpoint(seed=1)), "1.0.0")
     git(repository, "tag", "-d", "m@v1.0.0")
     assert manager.register_version(Given("m", tiny), "1.0.0").oid == oid
+
+
+def test_a_bump_of_the_same_weights_and_metadata_is_the_version_there_is(repository: Path, tiny: Checkpoint):
+    manager = ModelVersionManager(repository)
+    first = manager.register_version(Given("m", tiny), bump="minor", metadata={"a": "1"})
+    for metadata in (None, {"a": "1"}):
+        assert manager.register_version(Given("m", tiny), metadata=metadata, bump="minor").tag == first.tag
+    assert manager.register_version(Given("m", tiny), metadata={"a": "2"}, bump="patch").version == "1.0.1"
+
+
+@pytest.mark.parametrize(("first", "second"), [("lab", "lab/tiny"), ("lab/tiny", "lab"), ("a/b/c", "a")])
+def test_a_model_s_folder_within_another_s_is_refused(repository: Path, tiny: Checkpoint, first: str, second: str):
+    manager = ModelVersionManager(repository)
+    manager.register_version(Given(first, tiny), "1.0.0")
+    with pytest.raises(VersionConflictError, match="would hold the other"):
+        manager.register_version(Given(second, tiny), "1.0.0")
+    manager.register_version(Given("labx/tiny", tiny), "1.0.0")

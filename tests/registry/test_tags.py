@@ -92,7 +92,7 @@ def test_messages_of_any_bytes_keep_the_tags_apart(repository: Path):
     )
     git(repository, "tag", "m@v2.0.0", blob.stdout.decode().strip())
     tags = [e.tag for e in read_events(Git(repository), "m")]
-    assert tags == [*(f"m@v1.{number}.0" for number in range(len(messages))), "m@v2.0.0"]
+    assert tags == [f"m@v1.{number}.0" for number in range(len(messages))], "and none for the tag of a file"
 
 
 def test_a_repository_of_no_tags_has_no_events(repository: Path):
@@ -146,3 +146,16 @@ def test_a_thousand_tags_are_read_by_one_process(
     monkeypatch.setattr(subprocess, "run", lambda command, **more: commands.append(command) or run(command, **more))
     assert len(read_events(Git(repository))) == 1001
     assert len(commands) == 1
+
+
+def test_a_tag_of_a_tag_is_of_its_commit_and_one_of_a_file_or_a_tree_is_no_version(repository: Path):
+    here = Git(repository)
+    head = git(repository, "rev-parse", "HEAD")
+    who = ("-c", "user.name=A", "-c", "user.email=a@example.org")
+    git(repository, *who, "tag", "--annotate", "--message", "x", "a", "HEAD")
+    git(repository, *who, "tag", "--annotate", "--message", "x", "b", "a")
+    git(repository, *who, "tag", "--annotate", "--message", "x", "m@v1.0.0", "b")
+    git(repository, *who, "tag", "--annotate", "--message", "x", "m@v1.1.0", "HEAD^{tree}")
+    git(repository, "tag", "m@v1.2.0", "HEAD:.gitignore")
+    git(repository, "tag", "m@v1.3.0")
+    assert [(e.version, e.commit) for e in read_events(here, "m")] == [("1.0.0", head), ("1.3.0", head)]

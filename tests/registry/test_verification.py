@@ -12,6 +12,7 @@ from registering import Given, commit, flip
 
 from proteus_pipeline.errors import IntegrityError, ProteusError, StorageError, VersionNotFoundError
 from proteus_pipeline.models.checkpoint import Checkpoint
+from proteus_pipeline.registry.backups import Backups
 from proteus_pipeline.registry.lock import Locked, write_lock
 from proteus_pipeline.registry.records import VersionRecord
 from proteus_pipeline.registry.supply import send
@@ -203,9 +204,10 @@ def test_a_removed_tag_is_put_back(manager: ModelVersionManager):
 
 def test_a_removed_or_moved_event_is_found_too(manager: ModelVersionManager):
     manager.rollback("m", "1.0.0")
-    git(manager.root, "tag", "-d", "m#current#3")
+    tag = manager.history("m").events[-1].tag
+    git(manager.root, "tag", "-d", tag)
     assert manager.resolve("m").version == "1.1.0"
-    assert [f.about for f in manager.verify(repair=True)] == ["m#current#3"]
+    assert [f.about for f in manager.verify(repair=True)] == [tag]
     assert manager.resolve("m").version == "1.0.0"
 
 
@@ -292,3 +294,28 @@ def test_a_lock_that_says_something_else_is_found(manager: ModelVersionManager):
     ]
     (manager.root / "models.lock").write_text("schema: 9\n")
     assert [(f.about, f.exit_code) for f in manager.verify()] == [("models.lock", 4)]
+
+
+def test_a_backup_that_a_deletion_speaks_of_and_that_is_lost_or_unreadable_is_found(manager: ModelVersionManager):
+    manager.delete_version("m", "1.0.0")
+    assert manager.verify() == []
+    path = Backups(manager.root).path("m@v1.0.0")
+    path.write_text("{")
+    assert [(f.about, f.part, f.exit_code) for f in manager.verify()] == [("m@v1.0.0", "backup", 4)]
+    path.unlink()
+    assert [(f.about, f.part, f.exit_code) for f in manager.verify("m@v1.0.0")] == [("m@v1.0.0", "backup", 3)]
+    assert manager.verify("m@v1.1.0") == []
+
+
+def test_a_damaged_backup_is_mended_from_a_remote_and_what_was_damaged_is_kept(manager: ModelVersionManager):
+    version = first(manager)
+    send(manager.root, version.pointer, version.reference)
+    manager.delete_version("m", "1.0.0")
+    backups = Backups(manager.root)
+    dropped = [md5 for md5 in backups.list()[0].objects if not DvcCache(manager.root).object(md5).exists()]
+    flip(backups.objects.object(dropped[0]))
+    assert codes(manager.verify()) == {("backup", "damaged", 4)}
+    assert codes(manager.verify(repair=True)) == {("backup", "damaged", 0)}
+    assert manager.verify() == []
+    assert [p.name.startswith(dropped[0]) for p in (manager.root / ".proteus" / "quarantine").iterdir()] == [True]
+    assert manager.restore_version("m", "1.0.0").version == "1.0.0"
