@@ -64,8 +64,9 @@ def mend(root: Path, md5s: Iterable[str], reference: str, damaged: Objects | Non
     except StorageError as error:
         if not any(objects.object(md5).exists() for md5 in wanted):
             raise
+        where = damaged.folder if damaged else "the DVC cache"
         raise IntegrityError(
-            f"the weights of {reference} in {damaged.folder if damaged else 'the DVC cache'} are damaged, and no sound copy was found: {error.what}",
+            f"the weights of {reference} in {where} are damaged, and no sound copy was found: {error.what}",
             error.remedy,
         ) from error
 
