@@ -161,7 +161,12 @@ def test_a_withdrawal_that_a_kill_cut_short_is_completed(repository: Path):
     oid = tag(here, "m@v1.0.0!#1")
     assert publish(here, {"m@v1.0.0!#1": oid, "m@v1.0.0%2": oid})
     folder = repository / ".git"
-    lines = [f"refs/tags/m@v1.0.0%2 {oid}", f"{LEDGER}m@v1.0.0!#1 -{oid}", f"refs/tags/m@v1.0.0!#1 -{oid}"]
+    lines = [
+        f"{LEDGER}m@v1.0.0%2 {oid}",
+        f"refs/tags/m@v1.0.0%2 {oid}",
+        f"{LEDGER}m@v1.0.0!#1 -{oid}",
+        f"refs/tags/m@v1.0.0!#1 -{oid}",
+    ]
     (folder / "proteus.journal").write_text("\n".join(lines))
     (folder / "packed-refs.lock").touch()
     (folder / "packed-refs.new").touch()
