@@ -15,17 +15,18 @@ _LINE_EVERY_S = 10.0
 
 
 class EmbeddingProgress:
-    """Sequences done, tokens a second, and time left; use as a context manager."""
+    """Sequences done, tokens a second, of what the machine can do, and time left; use as a context manager."""
 
     def __init__(self, label: str) -> None:
         self._label = label
         self._bar: Bar | None = None
         self._task: TaskID | None = None
         self._todo = self._done = self._all_tokens = self._tokens = 0
+        self._flops = self._peak = 0.0
         self._began = self._said = time.perf_counter()
 
-    def start(self, total: int, hits: int, tokens: int) -> None:
-        self._todo, self._all_tokens = total - hits, tokens
+    def start(self, total: int, hits: int, tokens: int, peak: float) -> None:
+        self._todo, self._all_tokens, self._peak = total - hits, tokens, peak
         self._began = self._said = time.perf_counter()
         if not self._todo:
             return
@@ -34,19 +35,24 @@ class EmbeddingProgress:
         else:
             self._say(f"{self._label}: {total} distinct sequences, {hits} known, {self._todo} to compute")
 
-    def advance(self, sequences: int, tokens: int) -> None:
+    def advance(self, sequences: int, tokens: int, flops: float) -> None:
         self._done += sequences
         self._tokens += tokens
+        self._flops += flops
         now = time.perf_counter()
-        rate = self._tokens / max(now - self._began, 1e-9)
+        seconds = max(now - self._began, 1e-9)
+        rate = self._tokens / seconds
+        share = f", {self._flops / seconds / self._peak:.0%} of this machine's matrix products" if self._peak else ""
         if self._bar is not None and self._task is not None:
-            told = f"{self._done}/{self._todo} sequences, {rate:,.0f} tokens/s"
+            told = f"{self._done}/{self._todo} sequences, {rate:,.0f} tokens/s{share}"
             self._bar.update(self._task, advance=tokens, told=told)
         elif now - self._said >= _LINE_EVERY_S:
             self._said = now
             # By tokens: the longest sequences come first, so a count of sequences would promise too long a wait.
             left = (self._all_tokens - self._tokens) / rate
-            self._say(f"{self._label}: {self._done} of {self._todo} computed, {rate:,.0f} tokens/s, {left:.0f} s left")
+            self._say(
+                f"{self._label}: {self._done} of {self._todo} computed, {rate:,.0f} tokens/s{share}, {left:.0f} s left"
+            )
 
     def _start_bar(self, hits: int) -> None:
         from rich.console import Console

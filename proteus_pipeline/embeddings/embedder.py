@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -14,7 +15,8 @@ from proteus_pipeline.embeddings.cache import EmbeddingCache
 from proteus_pipeline.embeddings.index import Attestation
 from proteus_pipeline.embeddings.recipe import Recipe, windows
 from proteus_pipeline.embeddings.stored import content_hash, to_stored
-from proteus_pipeline.models.pooling import pool, pool_residues
+from proteus_pipeline.models.encoder import Outputs
+from proteus_pipeline.models.pooling import finite, pool, pool_residues
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -24,16 +26,29 @@ if TYPE_CHECKING:
 # A crash loses what is not yet published: at most this many bytes, or this many seconds of work.
 PUBLISH_BYTES = 128 << 20
 PUBLISH_SECONDS = 60.0
+# Measuring what the machine could do takes half a second.
+_WORTH_MEASURING = 50_000
 
 
 class Progress(Protocol):
     """Told how far the work is."""
 
-    def start(self, total: int, hits: int, tokens: int) -> None:
-        """Work begins: distinct sequences in all, how many of them the cache had, and the tokens to compute."""
+    def start(self, total: int, hits: int, tokens: int, peak: float) -> None:
+        """Work begins.
 
-    def advance(self, sequences: int, tokens: int) -> None:
-        """Some more sequences were computed, of so many tokens."""
+        Parameters
+        ----------
+        total, hits
+            Distinct sequences in all, and how many of them the cache had.
+        tokens
+            To compute.
+        peak
+            The matrix products this machine was just measured to do, FLOP/s; 0 where that was not worth it.
+
+        """
+
+    def advance(self, sequences: int, tokens: int, flops: float) -> None:
+        """Some more sequences were computed, of so many tokens and floating-point operations."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +106,7 @@ class _Pending:
 
     entries: list[_Computed] = field(default_factory=list)
     since: float = field(default_factory=time.perf_counter)
+    published: bool = False
 
     @property
     def due(self) -> bool:
@@ -141,11 +157,15 @@ def embed(
     found = [entry for entry, _ in cache.find(by_key)]
     done = {e.key: Embedded(e.key, e.shape, e.stored, e.content) for e in found}
     missing = {key: s for key, s in by_key.items() if key not in done}
-    if progress:
-        progress.start(len(by_key), len(found), sum(_tokens(_spans(s, recipe)) for s in missing.values()))
-    tokens = 0
+    tokens = sum(_tokens(_spans(s, recipe)) for s in missing.values())
     if missing:
-        tokens = _Job(trunk, recipe, cache, encoder(), attest(), token_budget, progress).run(missing, done)
+        job = _Job(trunk, recipe, cache, encoder(), attest(), token_budget, progress)
+        if progress:
+            peak = job.encoder.peak() if tokens >= _WORTH_MEASURING else 0.0
+            progress.start(len(by_key), len(found), tokens, peak)
+        job.run(missing, done)
+    elif progress:
+        progress.start(len(by_key), len(found), 0, 0.0)
     cache.record_use(len(found), 0, len(missing))
     return Outcome(
         tuple(done[key] for key in keys),
@@ -170,47 +190,64 @@ class _Job:
     token_budget: int
     progress: Progress | None
 
-    def run(self, missing: dict[str, str], done: dict[str, Embedded]) -> int:
-        pending = _Pending()
-        total = 0
-        try:
-            for key, array, length, tokens in self._compute(missing):
-                stored = to_stored(array, self.recipe.stored)
-                done[key] = Embedded(key, stored.shape, self.recipe.stored, content_hash(stored, self.recipe.stored))
-                pending.entries.append(_Computed(key, stored, length, tokens))
-                total += tokens
-                if self.progress:
-                    self.progress.advance(1, tokens)
-                if pending.due:
-                    self._publish(pending)
-                    pending = _Pending()
-            if pending.entries:
-                self._publish(pending)
-                pending = _Pending()
-        finally:
-            # Ctrl-C or an error, in publishing too: what is finished is kept. An entry published twice does no harm.
-            if pending.entries:
-                self._publish(pending)
-        return total
+    def run(self, missing: dict[str, str], done: dict[str, Embedded]) -> None:
+        lots = [_Pending()]
+        # Compression and the disk have a thread of their own, so that neither holds the encoder; one lot at a time.
+        with ThreadPoolExecutor(1, "publisher") as publisher:
+            flying: Future[None] | None = None
+            try:
+                for key, array, length, tokens in self._compute(missing):
+                    stored = to_stored(finite(array, self.recipe.precision), self.recipe.stored)
+                    done[key] = Embedded(
+                        key, stored.shape, self.recipe.stored, content_hash(stored, self.recipe.stored)
+                    )
+                    lots[-1].entries.append(_Computed(key, stored, length, tokens))
+                    if self.progress:
+                        self.progress.advance(1, tokens, self._flops(missing[key]))
+                    if lots[-1].due:
+                        if flying:
+                            flying.result()
+                        lots[:-1] = []
+                        lots.append(_Pending())
+                        flying = publisher.submit(self._publish, lots[0])
+                if flying:
+                    flying.result()
+                self._publish_all(lots)
+            finally:
+                # Ctrl-C or an error, in publishing too: what is finished is kept. An entry published twice does no harm.
+                if flying:
+                    wait([flying])
+                self._publish_all(lots)
+
+    def _publish_all(self, lots: list[_Pending]) -> None:
+        for lot in lots:
+            if lot.entries and not lot.published:
+                self._publish(lot)
+
+    def _flops(self, sequence: str) -> float:
+        return sum(self.encoder.flops(end - start) for start, end in _spans(sequence, self.recipe))
 
     def _compute(self, missing: dict[str, str]) -> Iterator[tuple[str, NDArray[np.float32], int, int]]:
         """Yield key, fp32 array, residues and tokens of each sequence as soon as its last window is done."""
         recipe = self.recipe
+        layer = recipe.layer
+        outputs = Outputs(layers=(layer,), received=(layer,) if recipe.pooling == "attention" else ())
         parts, owners = [], []
         spans = {key: _spans(s, recipe) for key, s in missing.items()}
         for key, sequence in missing.items():
             for number, (start, end) in enumerate(spans[key]):
                 parts.append(sequence[start:end])
                 owners.append((key, number))
-        waiting: dict[str, dict[int, NDArray[np.float32]]] = {}
-        for index, hidden in self.encoder.encode(parts, [recipe.layer], self.token_budget):
+        waiting: dict[str, dict[int, tuple[NDArray[np.float32], NDArray[np.float32] | None]]] = {}
+        for index, encoded in self.encoder.compute(parts, outputs, self.token_budget):
             key, number = owners[index]
             length = len(missing[key])
+            hidden, received = encoded.hidden[layer], encoded.received.get(layer)
             if len(spans[key]) == 1:
-                yield key, pool(hidden[recipe.layer], recipe.pooling), length, length + 2
+                yield key, pool(hidden, recipe.pooling, received), length, length + 2
                 continue
             # A copy: the batch that the rows are a view of would otherwise stay in memory until the last window.
-            waiting.setdefault(key, {})[number] = hidden[recipe.layer].copy()
+            waiting.setdefault(key, {})[number] = hidden.copy(), received
             if len(waiting[key]) == len(spans[key]):
                 windowed = waiting.pop(key)
                 yield key, _merge(windowed, spans[key], recipe.pooling), length, _tokens(spans[key])
@@ -232,6 +269,7 @@ class _Job:
             recipe=self.recipe,
             attestation=attestation,
         )
+        pending.published = True
 
 
 def _spans(sequence: str, recipe: Recipe) -> list[tuple[int, int]]:
@@ -243,18 +281,28 @@ def _tokens(spans: list[tuple[int, int]]) -> int:
     return sum(end - start + 2 for start, end in spans)
 
 
-def _merge(hidden: dict[int, NDArray[np.float32]], spans: list[tuple[int, int]], pooling: str) -> NDArray[np.float32]:
+def _merge(
+    done: dict[int, tuple[NDArray[np.float32], NDArray[np.float32] | None]], spans: list[tuple[int, int]], pooling: str
+) -> NDArray[np.float32]:
     """Return a windowed sequence's embedding: residues averaged over the windows they lie in, then pooled.
 
-    ``cls`` is the mean of the windows' start tokens.
+    ``cls`` is the mean of the windows' start tokens; the attention that a residue receives is averaged as it is.
     """
-    ordered = [hidden[number] for number in range(len(spans))]
+    ordered = [done[number] for number in range(len(spans))]
     if pooling == "cls":
-        return pool_residues(np.stack([h[0] for h in ordered]), "mean")
-    length, width = spans[-1][1], ordered[0].shape[1]
-    total, count = np.zeros((length, width), dtype=np.float64), np.zeros((length, 1))
-    for (start, end), window in zip(spans, ordered, strict=True):
-        total[start:end] += window[1:-1]
+        return pool_residues(np.stack([hidden[0] for hidden, _ in ordered]), "mean")
+    residues = _averaged([hidden[1:-1] for hidden, _ in ordered], spans)
+    if pooling == "per_residue":
+        return residues
+    weights = [received[:, None] for _, received in ordered if received is not None]
+    return pool_residues(residues, pooling, _averaged(weights, spans)[:, 0] if weights else None)
+
+
+def _averaged(windowed: list[NDArray[np.float32]], spans: list[tuple[int, int]]) -> NDArray[np.float32]:
+    """Return (L, n) rows, each the mean of those of the windows that it lies in."""
+    length = spans[-1][1]
+    total, count = np.zeros((length, windowed[0].shape[1]), dtype=np.float64), np.zeros((length, 1))
+    for (start, end), rows in zip(spans, windowed, strict=True):
+        total[start:end] += rows
         count[start:end] += 1
-    residues = (total / count).astype(np.float32)
-    return residues if pooling == "per_residue" else pool_residues(residues, pooling)
+    return (total / count).astype(np.float32)

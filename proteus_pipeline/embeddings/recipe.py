@@ -26,9 +26,9 @@ class Recipe:
     layer
         0 for the scaled token embedding, to the number of layers for the last, after the final norm.
     pooling
-        ``mean``, ``cls``, ``max`` or ``per_residue``.
+        ``mean``, ``cls``, ``max``, ``attention`` or ``per_residue``: `proteus_pipeline.models.pooling.pool`.
     precision, numerics
-        As in `proteus_pipeline.models.encoder.Esm2Encoder`.
+        As in `proteus_pipeline.models.encoder.make_encoder`.
     stored
         ``fp32``, ``fp16`` or ``bf16``.
     window, overlap
@@ -56,6 +56,10 @@ class Recipe:
         if self.layer < 0:
             raise ConfigError(
                 f"layer {self.layer} is not resolved", "use Recipe with a layer from 0; see resolve_layer"
+            )
+        if self.pooling == "attention" and self.layer == 0:
+            raise ConfigError(
+                "layer 0 is before any attention", "use another embedding.layer, or another embedding.pooling"
             )
         if self.window and not 0 <= self.overlap < self.window:
             raise ConfigError(f"data.overlap is {self.overlap}", f"use 0 to {self.window - 1}, below data.max_length")

@@ -45,13 +45,18 @@ class Architecture:
     tokens: tuple[str, ...] = ESM2_TOKENS
 
     @property
+    def family(self) -> str:
+        """The family whose arithmetic it is: `proteus_pipeline.models.encoder.FAMILIES`."""
+        return "esm2"
+
+    @property
     def head_width(self) -> int:
         return self.width // self.heads
 
     def identity(self) -> dict[str, object]:
         """Return what enters a component's digest."""
         return {
-            "family": "esm2",
+            "family": self.family,
             "layers": self.layers,
             "width": self.width,
             "heads": self.heads,

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import platform
+import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from proteus_pipeline.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+_MEASURED_S = 0.5
 
 
 def resolve_device(wanted: str) -> str:
@@ -46,12 +53,38 @@ def device_class(device: str) -> str:
     return f"cpu/{platform.machine()}/{torch.backends.cpu.get_cpu_capability()}/{_cpu_vendor()}"
 
 
-def _cpu_vendor() -> str:
+def matmul_rate(device: str, dtype: torch.dtype) -> float:
+    """Measure the rate of a large matrix product, FLOP/s, on all of torch's threads: the best of some tenths of a second."""
+    import torch
+
+    rows = 1024 if device == "cpu" else 8192
+    one, two = (torch.ones((rows, rows), dtype=dtype, device=device) for _ in range(2))
+    best = 0.0
+    ends = time.perf_counter() + _MEASURED_S
+    while time.perf_counter() < ends or not best:
+        began = time.perf_counter()
+        torch.mm(one, two)
+        if device != "cpu":
+            torch.cuda.synchronize(device)
+        best = max(best, 2 * rows**3 / (time.perf_counter() - began))
+    return best
+
+
+def has_bf16() -> bool:
+    """Say whether this CPU has instructions for bf16 products: without, they are slower than fp32's."""
+    flags = {"avx512_bf16", "amx_bf16", "bf16"}  # the last is Arm's
+    return any(flags & set(line.split()) for line in _cpuinfo() if line.startswith(("flags", "Features")))
+
+
+def _cpuinfo() -> list[str]:
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return platform.processor() or "unknown"
-    for line in lines:
+        return []
+
+
+def _cpu_vendor() -> str:
+    for line in _cpuinfo():
         if line.startswith(("vendor_id", "CPU implementer")):
             return line.partition(":")[2].strip()
-    return "unknown"
+    return platform.processor() or "unknown"

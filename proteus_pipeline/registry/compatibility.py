@@ -183,11 +183,11 @@ def _trunk(
 
 def _embed(checkpoint: Checkpoint, device: str) -> list[Hidden]:
     """Return the last layer's (L, D) residues of each protein of the panel."""
-    from proteus_pipeline.models.encoder import Esm2Encoder
+    from proteus_pipeline.models.encoder import make_encoder
     from proteus_pipeline.models.pooling import pool
 
     sequences, last = list(panel().values()), checkpoint.architecture.layers
-    encoder = Esm2Encoder(checkpoint, precision="fp32", numerics="strict", device=device)
+    encoder = make_encoder(checkpoint, precision="fp32", numerics="strict", device=device)
     done = {index: pool(hidden[last], "per_residue") for index, hidden in encoder.encode(sequences, [last])}
     # The encoder and its blocks refer to each other: left to itself, it would still be there beside the next one.
     del encoder

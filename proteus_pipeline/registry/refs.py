@@ -107,13 +107,12 @@ def _recover(git: Git, folder: Path) -> None:
         _unlock(folder, ref, made.get(ref, ""), began)
     if gone and _unlock(folder, "packed-refs", "", began):
         (folder / "packed-refs.new").unlink(missing_ok=True)
+    entered = [ref for ref in made if ref.startswith(LEDGER)]
     # One that is there says that the others were to be: a ledger's entry comes first, and nothing goes before all have come.
-    if any(
-        ref.startswith(LEDGER) and git.try_run("rev-parse", "--verify", "--quiet", ref) == made[ref] for ref in made
-    ):
-        for ref in made:
+    if any(git.try_run("rev-parse", "--verify", "--quiet", ref) == made[ref] for ref in entered):
+        for ref, oid in made.items():
             if ref.startswith(("refs/tags/", LEDGER)):
-                git.try_run("update-ref", ref, made[ref], "")
+                git.try_run("update-ref", ref, oid, "")
         for ref, oid in gone.items():
             git.try_run("update-ref", "-d", ref, oid)
     journal.unlink(missing_ok=True)

@@ -7,11 +7,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from proteus_pipeline.errors import IntegrityError, SequenceError, StorageError, VersionNotFoundError
+from proteus_pipeline.errors import ConfigError, IntegrityError, SequenceError, StorageError, VersionNotFoundError
 from proteus_pipeline.identity.names import Reference, Version, check_name
 from proteus_pipeline.models.architecture import resolve_layer
-from proteus_pipeline.models.encoder import Esm2Encoder
-from proteus_pipeline.models.pooling import pool
+from proteus_pipeline.models.encoder import Encoded, Encoder, Outputs, make_encoder
+from proteus_pipeline.models.pooling import POOLINGS, finite, pool
 from proteus_pipeline.registry.places import registry_home
 from proteus_pipeline.registry.version import ModelVersion
 from proteus_pipeline.registry.versions import ModelVersionManager
@@ -137,9 +137,9 @@ class ModelInterface:
             remedy = f"{error.remedy}, or give your own: ModelInterface({self.name!r}, weights=PATH)"
             raise StorageError(error.what, remedy) from error
 
-    def encoder(self, *, precision: str = "fp32", numerics: str = "strict", device: str = "cpu") -> Esm2Encoder:
+    def encoder(self, *, precision: str = "fp32", numerics: str = "strict", device: str = "cpu") -> Encoder:
         """Return an encoder over the weights."""
-        return Esm2Encoder(self.checkpoint, precision=precision, numerics=numerics, device=device)
+        return make_encoder(self.checkpoint, precision=precision, numerics=numerics, device=device)
 
     def embed(
         self, sequences: Sequence[str], *, layer: int = -1, pooling: str = "mean", **options: str
@@ -153,7 +153,7 @@ class ModelInterface:
         layer
             0 to the number of layers, or negative from the end.
         pooling
-            ``mean``, ``cls``, ``max`` or ``per_residue``.
+            ``mean``, ``cls``, ``max``, ``attention`` or ``per_residue``.
         options
             ``precision``, ``numerics``, ``device``, as for `encoder`.
 
@@ -167,20 +167,87 @@ class ModelInterface:
         SequenceError
             For one text instead of a list of them, or a sequence that is none: `proteus_pipeline.sequences.rules`.
         ConfigError
-            For a layer that the model does not have.
+            For a layer that the model does not have, or an unknown pooling.
+        ModelError
+            When the weights give what is no number.
 
         """
-        if isinstance(sequences, str):
-            raise SequenceError("embed was given one text, not a list of sequences", "write embed([SEQUENCE])")
-        rules = Rules(long="window")
-        read = [normalise(s, rules, f"sequence {number}") for number, s in enumerate(sequences, 1)]
+        read = _normalised(sequences, "embed")
         index = resolve_layer(layer, self.checkpoint.architecture.layers)
-        encoder = self.encoder(**options)
-        found = {i: pool(hidden[index], pooling) for i, hidden in encoder.encode(read, [index])}
+        if pooling not in POOLINGS:
+            raise ConfigError(f"pooling is {pooling!r}", f"use one of {', '.join(POOLINGS)}")
+        if pooling == "attention" and index == 0:
+            raise ConfigError("layer 0 is before any attention", "use another layer, or another pooling")
+        outputs = Outputs(layers=(index,), received=(index,) if pooling == "attention" else ())
+        found = {
+            i: finite(pool(e.hidden[index], pooling, e.received.get(index)), options.get("precision", "fp32"))
+            for i, e in self.encoder(**options).compute(read, outputs)
+        }
         return [found[i] for i in range(len(read))]
+
+    def logits(self, sequences: Sequence[str], **options: str) -> list[NDArray[np.float32]]:
+        """Compute the language-model head's logits.
+
+        Parameters
+        ----------
+        sequences, options
+            As for `embed`.
+
+        Returns
+        -------
+        list of NDArray
+            (L + 2, V) fp32 each, in the order of ``checkpoint.architecture.tokens``; the start token's row comes first.
+
+        Raises
+        ------
+        ModelError
+            When the weights have no language-model head.
+        SequenceError
+            As `embed`.
+
+        """
+        found = self._compute(_normalised(sequences, "logits"), Outputs(logits=True), options)
+        return [e.logits for e in found if e.logits is not None]
+
+    def contacts(self, sequences: Sequence[str], **options: str) -> list[NDArray[np.float32]]:
+        """Predict contacts, layer by layer: no more than some heads' attention maps are in memory at once.
+
+        Parameters
+        ----------
+        sequences, options
+            As for `embed`.
+
+        Returns
+        -------
+        list of NDArray
+            (L, L) fp32 probabilities each.
+
+        Raises
+        ------
+        ModelError
+            When the weights have no contact head.
+        SequenceError
+            As `embed`.
+
+        """
+        found = self._compute(_normalised(sequences, "contacts"), Outputs(contacts=True), options)
+        return [e.contacts for e in found if e.contacts is not None]
+
+    def _compute(self, sequences: list[str], outputs: Outputs, options: Mapping[str, str]) -> list[Encoded]:
+        """Return each sequence's outputs, in their order."""
+        found = dict(self.encoder(**options).compute(sequences, outputs))
+        return [found[i] for i in range(len(sequences))]
 
     def to_fair_esm(self) -> tuple[torch.nn.Module, Any]:
         """Return the weights as fair-esm's ``(model, alphabet)``, for code written against fair-esm."""
         from proteus_pipeline.models.fair_esm import to_fair_esm
 
         return to_fair_esm(self.checkpoint)
+
+
+def _normalised(sequences: Sequence[str], verb: str) -> list[str]:
+    """Return sequences as the config's defaults read them, whole however long."""
+    if isinstance(sequences, str):
+        raise SequenceError(f"{verb} was given one text, not a list of sequences", f"write {verb}([SEQUENCE])")
+    rules = Rules(long="window")
+    return [normalise(s, rules, f"sequence {number}") for number, s in enumerate(sequences, 1)]

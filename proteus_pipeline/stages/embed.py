@@ -65,7 +65,7 @@ def embed_records(
         import torch
 
         from proteus_pipeline.models.device import resolve_device
-        from proteus_pipeline.models.encoder import Esm2Encoder
+        from proteus_pipeline.models.encoder import make_encoder
         from proteus_pipeline.registry.provision import provide
 
         if runtime["threads"]:
@@ -77,7 +77,7 @@ def embed_records(
                 "run: dvc repro compose",
             )
         device = resolve_device(runtime["device"])
-        return Esm2Encoder(version.checkpoint, precision=recipe.precision, numerics=recipe.numerics, device=device)
+        return make_encoder(version.checkpoint, precision=recipe.precision, numerics=recipe.numerics, device=device)
 
     def attest() -> tuple[str, str]:
         import torch

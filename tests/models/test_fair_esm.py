@@ -13,7 +13,7 @@ from layouts import contact_head, lm_head, trunk
 from proteus_pipeline.errors import ModelError
 from proteus_pipeline.models.architecture import ESM2_TOKENS, Architecture
 from proteus_pipeline.models.checkpoint import Checkpoint, canonical, trunk_shapes
-from proteus_pipeline.models.encoder import Esm2Encoder
+from proteus_pipeline.models.encoder import make_encoder
 from proteus_pipeline.models.fair_esm import to_fair_esm
 
 
@@ -47,7 +47,7 @@ def test_all_demo_proteins_agree_with_fair_esm_and_are_as_near_to_float64(
 ):
     layers, sequences = list(range(7)), list(proteins.values())
     assert len(sequences) == 100
-    ours = dict(Esm2Encoder(checkpoint).encode(sequences, layers))
+    ours = dict(make_encoder(checkpoint).encode(sequences, layers))
     model, alphabet = to_fair_esm(checkpoint)
     exact_model = to_fair_esm(checkpoint)[0].double()
     apart, size, ours_exact, fair_exact = Distance(), Distance(), Distance(), Distance()
@@ -74,7 +74,7 @@ def test_random_weights_agree_with_and_without_token_dropout(tiny: Checkpoint, p
         checkpoint = canonical(architecture, tiny.tensors, "tiny")
         model, alphabet = to_fair_esm(checkpoint)
         for sequence in ("M", "ACDEFGHIKLMNPQRSTVWYXBUZO.-", next(iter(proteins.values()))):
-            ours = dict(Esm2Encoder(checkpoint).encode([sequence], [0, 1, 2]))[0]
+            ours = dict(make_encoder(checkpoint).encode([sequence], [0, 1, 2]))[0]
             fair = hidden_states(model, alphabet, sequence, [0, 1, 2])
             for layer in (0, 1, 2):
                 assert np.abs(ours[layer] - fair[layer]).max() <= 5e-6 * np.abs(fair[layer]).max()
@@ -87,8 +87,8 @@ def test_stored_frequencies_are_what_fair_esm_computes_with(tiny: Checkpoint):
     model, alphabet = to_fair_esm(checkpoint)
     sequence = "ACDEFGHIKLMNPQRSTVWY" * 4
     fair = hidden_states(model, alphabet, sequence, [2])[2]
-    ours = dict(Esm2Encoder(checkpoint).encode([sequence], [2]))[0][2]
-    formula = dict(Esm2Encoder(tiny).encode([sequence], [2]))[0][2]
+    ours = dict(make_encoder(checkpoint).encode([sequence], [2]))[0][2]
+    formula = dict(make_encoder(tiny).encode([sequence], [2]))[0][2]
     assert np.abs(ours - fair).max() <= 5e-6 * np.abs(fair).max()
     assert np.abs(formula - fair).max() > 1e-3 * np.abs(fair).max()
 

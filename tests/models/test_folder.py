@@ -12,7 +12,7 @@ from conftest import ROOT, make_checkpoint
 from layouts import contact_head, lm_head, trunk
 
 from proteus_pipeline.models.checkpoint import Checkpoint, canonical
-from proteus_pipeline.models.encoder import Esm2Encoder
+from proteus_pipeline.models.encoder import make_encoder
 from proteus_pipeline.models.folder import shard_of, write_folder
 from proteus_pipeline.models.reading import read_checkpoint
 from proteus_pipeline.registry.weights import DvcCache
@@ -139,7 +139,7 @@ def test_transformers_opens_the_real_model_with_nothing_missing_and_computes_the
     tokens = [checkpoint.architecture.tokens.index(t) for t in ("<cls>", *SEQUENCE, "<eos>")]
     with torch.no_grad():
         theirs = model(torch.tensor([tokens]), output_hidden_states=True).hidden_states
-    ours = dict(Esm2Encoder(checkpoint).encode([SEQUENCE], range(7)))[0]
+    ours = dict(make_encoder(checkpoint).encode([SEQUENCE], range(7)))[0]
     for layer in range(7):
         expected = theirs[layer][0].numpy()
         assert np.abs(ours[layer] - expected).max() <= 1e-4 * np.abs(expected).max()

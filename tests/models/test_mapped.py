@@ -22,7 +22,7 @@ from layouts import contact_head, lm_head, trunk, write_hf
 from proteus_pipeline.errors import IntegrityError
 from proteus_pipeline.models import mapped
 from proteus_pipeline.models.checkpoint import EMBEDDING, Checkpoint, canonical, component_digests
-from proteus_pipeline.models.encoder import Esm2Encoder
+from proteus_pipeline.models.encoder import make_encoder
 from proteus_pipeline.models.fair_esm import to_fair_esm
 from proteus_pipeline.models.folder import write_folder
 from proteus_pipeline.models.mapped import open_mapped
@@ -125,7 +125,7 @@ def test_digests_names_and_membership_read_no_tensor_and_a_layer_reads_its_own(
 def test_the_encoder_fair_esm_and_the_writer_take_a_mapped_model(stored: Path, model: Checkpoint, tmp_path: Path):
     checkpoint = opened(stored, model)
     sequences = ["MKTAYIAKQR", "GAVLI"]
-    ours, theirs = (dict(Esm2Encoder(c).encode(sequences, [2])) for c in (checkpoint, model))
+    ours, theirs = (dict(make_encoder(c).encode(sequences, [2])) for c in (checkpoint, model))
     assert all(np.array_equal(ours[i][2], theirs[i][2]) for i in theirs)
     state, expected = (to_fair_esm(c)[0].state_dict() for c in (checkpoint, model))
     assert all(torch.equal(state[name], expected[name]) for name in expected)

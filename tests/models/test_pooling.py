@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from proteus_pipeline.models.pooling import POOLINGS, pool, pool_residues
+from proteus_pipeline.errors import ModelError
+from proteus_pipeline.models.pooling import POOLINGS, finite, pool, pool_residues
 
 FLOATS = st.floats(-1e6, 1e6, width=32, allow_subnormal=False)
 HIDDEN = st.tuples(st.integers(3, 12), st.integers(1, 6)).flatmap(lambda s: arrays(np.float32, s, elements=FLOATS))
@@ -66,10 +67,27 @@ def test_the_mean_is_summed_in_fp64_one_row_after_the_other():
 
 def test_a_result_owns_its_memory():
     hidden = np.ones((4, 3), dtype=np.float32)
-    results = {pooling: pool(hidden, pooling) for pooling in POOLINGS}
+    weights = np.array([1, 3], dtype=np.float32)
+    results = {pooling: pool(hidden, pooling, weights) for pooling in POOLINGS}
     hidden[:] = 2
     assert all((result == 1).all() for result in results.values())
-    assert {p: r.shape for p, r in results.items()} == {"mean": (3,), "cls": (3,), "max": (3,), "per_residue": (2, 3)}
+    pooled = dict.fromkeys(("mean", "cls", "max", "attention"), (3,))
+    assert {p: r.shape for p, r in results.items()} == pooled | {"per_residue": (2, 3)}
+
+
+def test_attention_is_the_weighted_mean():
+    hidden = np.array([[9, 9], [1, 2], [3, 6], [9, 9]], dtype=np.float32)
+    weights = np.array([0.25, 0.75], dtype=np.float32)
+    assert pool(hidden, "attention", weights).tolist() == [2.5, 5.0]
+    assert pool(np.asfortranarray(hidden), "attention", weights * 8).tolist() == [2.5, 5.0]
+
+
+def test_what_is_no_number_is_refused():
+    array = np.ones((2, 2), dtype=np.float32)
+    assert finite(array, "fp32") is array
+    for value in (np.nan, np.inf, -np.inf):
+        with pytest.raises(ModelError, match="in bf16, these weights give what is no number"):
+            finite(np.full(3, value, dtype=np.float32), "bf16")
 
 
 def test_an_unknown_pooling_is_an_error():

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from proteus_pipeline.errors import ConfigError, InvalidVersionError, ModelError
 from proteus_pipeline.models.architecture import Architecture
 from proteus_pipeline.models.checkpoint import EMBEDDING, Checkpoint, canonical, component_of
-from proteus_pipeline.models.encoder import Esm2Encoder
+from proteus_pipeline.models.esm2 import Esm2Encoder
 from proteus_pipeline.registry import compatibility
 from proteus_pipeline.registry.compatibility import (
     DEFAULT_TOLERANCE,

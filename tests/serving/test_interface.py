@@ -16,7 +16,7 @@ from proteus_pipeline.errors import (
     VersionNotFoundError,
 )
 from proteus_pipeline.models.checkpoint import Checkpoint
-from proteus_pipeline.models.encoder import Esm2Encoder
+from proteus_pipeline.models.encoder import make_encoder
 from proteus_pipeline.models.folder import write_folder
 
 SEQUENCES = ["MKTAYIAKQR", "A", "GAVLIMFWPSTCYNQDEKRH", "MKTAYIAKQR"]
@@ -35,7 +35,7 @@ def model(folder: Path) -> ModelInterface:
 
 
 def hidden(checkpoint: Checkpoint, layer: int) -> dict[int, np.ndarray]:
-    return {i: states[layer] for i, states in Esm2Encoder(checkpoint).encode(SEQUENCES, [layer])}
+    return {i: states[layer] for i, states in make_encoder(checkpoint).encode(SEQUENCES, [layer])}
 
 
 def test_nothing_is_read_until_it_is_used(tmp_path: Path, tiny: Checkpoint):

@@ -1,0 +1,70 @@
+"""Attention over packed rows: of each sequence on its own, so that its shapes are its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+# Probabilities of one layer are (heads, L, L) fp32; where they are asked for, they are made for so many bytes of heads at once.
+_PROBABILITY_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Heads:
+    """How a width is made of heads, and in which dtype their products are taken."""
+
+    count: int
+    width: int
+    compute: torch.dtype
+
+    def split(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return queries, keys and values of (L, 3 D) rows, each (heads, L, head_width)."""
+        parts = qkv.view(qkv.shape[0], 3, self.count, self.width).permute(1, 2, 0, 3)
+        q, k, v = parts.to(self.compute).unbind(0)
+        return q, k, v
+
+    @property
+    def scale(self) -> float:
+        """By what a query's products are scaled: 1/sqrt(head_width)."""
+        return float(self.width**-0.5)
+
+
+def attend(heads: Heads, qkv: torch.Tensor, out: torch.Tensor) -> None:
+    """Write one sequence's attention: of (L, 3 D) rows to (L, D) ones."""
+    import torch
+
+    q, k, v = (t.unsqueeze(0) for t in heads.split(qkv))
+    attended = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=heads.scale)
+    out.view(-1, heads.count, heads.width).copy_(attended.squeeze(0).transpose(0, 1))
+
+
+def attend_together(heads: Heads, qkv: torch.Tensor, out: torch.Tensor, lengths: Sequence[int]) -> None:
+    """Write the attention of all sequences of a pack by torch's own kernel for that, which takes bf16 on a GPU."""
+    import torch
+    from torch.nn.attention.varlen import varlen_attn
+
+    rows = sum(lengths)
+    ends = torch.tensor([0, *lengths], dtype=torch.int32, device=qkv.device).cumsum(0, dtype=torch.int32)
+    q, k, v = qkv[:rows].view(rows, 3, heads.count, heads.width).unbind(1)
+    attended: torch.Tensor = varlen_attn(  # type: ignore[assignment]  # a tuple only where more is asked for
+        q, k, v, ends, ends, max(lengths), max(lengths), scale=heads.scale
+    )
+    out[:rows].view(rows, heads.count, heads.width).copy_(attended)
+
+
+def probabilities(heads: Heads, qkv: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+    """Yield one sequence's attention probabilities for some heads after the other: the first head, and (n, L, L) fp32."""
+    import torch
+
+    q, k, _ = heads.split(qkv)
+    length = qkv.shape[0]
+    step = max(1, _PROBABILITY_BYTES // (4 * length * length))
+    for first in range(0, heads.count, step):
+        some = slice(first, first + step)
+        # As F.scaled_dot_product_attention does: the scale on the products, the softmax in fp32.
+        scores = torch.matmul(q[some], k[some].transpose(1, 2)).float() * heads.scale
+        yield first, torch.softmax(scores, dim=-1)

@@ -1,0 +1,440 @@
+"""A packed ESM-2 encoder: no padding between sequences, and the same bits in every company.
+
+All sequences of a batch lie back to back in one (tokens, width) matrix; attention runs on each sequence's own rows. In
+``strict`` numerics every matrix product is taken over tiles of exactly ``ROW_TILE`` rows, so that a BLAS library sees
+one shape whatever shares the batch, and a row's result is a function of that row alone; and on a CPU every operation runs
+in one thread, so that thread counts can't enter. ``tolerant`` takes what rows there are.
+
+Tiles serve speed as well: what a block does to one between two attentions stays in a core's own cache.
+
+The arithmetic is fair-esm 2.0.0's (esm/model/esm2.py, esm/multihead_attention.py, esm/rotary_embedding.py): embeddings
+scaled by 0.88 under token dropout, fp32 rotary tables from the stored inv_freq, erf GELU, the last layer taken after the
+final norm. It is written with fewer passes: the two halves that a head rotates are laid side by side in the weights, so that
+the rotation is one product of complex numbers; GELU's 1/sqrt(2) is in the weights around it; the scale of the queries is the
+attention kernel's.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from proteus_pipeline.errors import CacheMemoryError, ModelError
+from proteus_pipeline.models.attention import Heads, attend, attend_together, probabilities
+from proteus_pipeline.models.checkpoint import EMBEDDING, Checkpoint
+from proteus_pipeline.models.device import has_bf16, matmul_rate
+from proteus_pipeline.models.encoder import Encoded, Outputs
+from proteus_pipeline.models.heads import ContactHead, LanguageHead
+from proteus_pipeline.models.plan import plan_batches
+from proteus_pipeline.models.products import Bf16Product, Fp32Product, Product
+from proteus_pipeline.models.workers import Share, Workers, in_turn, workers
+
+if TYPE_CHECKING:
+    import torch
+    from numpy.typing import NDArray
+
+    from proteus_pipeline.models.architecture import Architecture
+
+    Norm = Callable[[torch.Tensor], torch.Tensor]
+
+ROW_TILE = 256  # rows of a tile: 256 wastes little on short jobs, and a tile of 8M's widest matrix is 1.3 MB
+_BATCHES_EACH = 4
+_LEAST_TOKENS = 2 * ROW_TILE
+_GPU_TILE = 4096  # a GPU needs more rows at once to be busy
+# ESM-2 was trained with 15% of tokens chosen, 80% of those masked (esm/model/esm2.py).
+_KEPT_IN_TRAINING = 1 - 0.15 * 0.8
+
+
+@dataclass
+class _Pass:
+    """One batch on its way through the blocks."""
+
+    indices: list[int]
+    lengths: list[int]
+    x: torch.Tensor
+    qkv: torch.Tensor
+    context: torch.Tensor
+    angles: dict[bytes, torch.Tensor]
+    kept: dict[int, torch.Tensor] = field(default_factory=dict)
+    contacts: dict[int, torch.Tensor] = field(default_factory=dict)
+    received: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> list[slice]:
+        """Each sequence's rows."""
+        ends = np.cumsum(self.lengths).tolist()
+        return [slice(end - length, end) for end, length in zip(ends, self.lengths, strict=True)]
+
+
+class Esm2Encoder:
+    """ESM-2 of any size, straight from canonical tensors; see `proteus_pipeline.models.encoder.make_encoder`.
+
+    Raises
+    ------
+    ModelError
+        For an architecture this encoder does not compute.
+
+    """
+
+    def __init__(self, checkpoint: Checkpoint, *, precision: str, strict: bool, device: str) -> None:
+        import torch
+
+        a = checkpoint.architecture
+        if a.positions != "rotary" or a.emb_layer_norm_before:
+            what = "a norm before its blocks" if a.positions == "rotary" else f"{a.positions} positions"
+            raise ModelError(f"a model with {what} is an ESM-1", "use an ESM-2 checkpoint")
+        # TF32 would round a GPU's fp32 products to 10 bits of mantissa: then fp32 would not mean fp32.
+        torch.backends.cuda.matmul.allow_tf32 = False
+        self.architecture: Architecture = a
+        self.device = device
+        self._strict = strict
+        self._on_cpu = device == "cpu"
+        self._checkpoint = checkpoint
+        self._tile = ROW_TILE if self._on_cpu else _GPU_TILE
+        self.compute_dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+        self._residual = torch.bfloat16 if precision == "bf16" else torch.float32
+        self._native = not self._on_cpu or has_bf16()
+        self._together = not self._on_cpu and self.compute_dtype == torch.bfloat16 and _has_varlen()
+        self.heads = Heads(a.heads, a.head_width, self.compute_dtype if self._native else torch.float32)
+        self._tokens = _token_table(a)
+        self._embedding = checkpoint.tensors[EMBEDDING].to(device, torch.float32)
+        self._norm_after = self.norm(checkpoint.tensors, "esm.encoder.emb_layer_norm_after")
+        self._blocks = [_Block(self, checkpoint.layer(i)) for i in range(a.layers)]
+        self._tables: dict[bytes, torch.Tensor] = {}
+        self._lock = threading.Lock()
+        self._scratch = threading.local()
+
+    @cached_property
+    def _language_head(self) -> LanguageHead:
+        return LanguageHead(self._checkpoint, self.device)
+
+    @cached_property
+    def _contact_head(self) -> ContactHead:
+        return ContactHead(self._checkpoint, self.device)
+
+    def encode(
+        self, sequences: Sequence[str], layers: Sequence[int], token_budget: int = 2048
+    ) -> Iterator[tuple[int, dict[int, NDArray[np.float32]]]]:
+        """Yield each sequence's index and its (L + 2, D) fp32 hidden states by layer."""
+        for index, encoded in self.compute(sequences, Outputs(layers=tuple(layers)), token_budget):
+            yield index, encoded.hidden
+
+    def compute(
+        self, sequences: Sequence[str], outputs: Outputs, token_budget: int = 2048
+    ) -> Iterator[tuple[int, Encoded]]:
+        """Yield each sequence's index and its outputs; see `proteus_pipeline.models.encoder.Encoder`."""
+        import torch
+
+        if outputs.logits:
+            self._language_head  # noqa: B018 - what is missing is said before anything is computed
+        if outputs.contacts:
+            self._contact_head  # noqa: B018
+        if not sequences:
+            return
+        lengths = [len(s) + 2 for s in sequences]
+        run = partial(self._run, sequences, outputs)
+        if not self._on_cpu:
+            with torch.inference_mode():
+                for batch in plan_batches(lengths, token_budget):
+                    yield from run(in_turn, batch)
+            return
+        count = torch.get_num_threads()
+        # Several batches for each thread, where there is work for that: the threads end at about the same time.
+        share = -(-sum(lengths) // (_BATCHES_EACH * count * ROW_TILE)) * ROW_TILE
+        batches = plan_batches(lengths, min(token_budget, max(share, _LEAST_TOKENS)))
+        with workers(count) as pool:
+            yield from self._on_threads(pool, run, batches)
+
+    def _on_threads(
+        self, pool: Workers, run: Callable[[Share[Any], list[int]], list[tuple[int, Encoded]]], batches: list[list[int]]
+    ) -> Iterator[tuple[int, Encoded]]:
+        """Yield all batches' outputs: the threads take a batch each, and share the last ones that are too few for that."""
+        whole = len(batches) - len(batches) % pool.count
+        for done in pool.ahead(partial(run, in_turn), batches[:whole]):
+            yield from done
+        for batch in batches[whole:]:
+            yield from run(pool.share, batch)
+
+    def _run(
+        self, sequences: Sequence[str], outputs: Outputs, share: Share[Any], batch: list[int]
+    ) -> list[tuple[int, Encoded]]:
+        """Return a batch's outputs; where it has no room, those of its halves."""
+        try:
+            encoded = self._forward([sequences[i] for i in batch], outputs, share)
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            if len(batch) == 1:
+                raise CacheMemoryError(
+                    f"a sequence of {len(sequences[batch[0]])} residues has no room on {self.device}",
+                    "embed it in windows (data.long=window), or on another device (runtime.device=cpu)",
+                ) from error
+        else:
+            return list(zip(batch, encoded, strict=True))
+        middle = len(batch) // 2
+        return [
+            pair for half in (batch[:middle], batch[middle:]) for pair in self._run(sequences, outputs, share, half)
+        ]
+
+    def _forward(self, sequences: list[str], outputs: Outputs, share: Share[Any]) -> list[Encoded]:
+        import torch
+
+        with torch.inference_mode():
+            batch = self._start(sequences)
+            depth = self.architecture.layers if outputs.logits or outputs.contacts else 0
+            wanted = {*outputs.layers, *((self.architecture.layers,) if outputs.logits else ())}
+            depth = max([depth, *wanted, *outputs.received])
+            if 0 in wanted:
+                batch.kept[0] = batch.x.clone()  # what follows adds to it in place
+            batch.x = batch.x.to(self._residual)
+            tiles = [slice(start, start + self._tile) for start in range(0, batch.x.shape[0], self._tile)]
+            for number, block in enumerate(self._blocks[:depth], 1):
+                share(partial(block.project, batch), tiles)
+                self._attend(batch, number, outputs, share)
+                share(partial(block.finish, batch), tiles)
+                if number in wanted:
+                    batch.kept[number] = self._layer(batch.x, number, tiles, share)
+            return self._results(batch, outputs)
+
+    def _start(self, sequences: list[str]) -> _Pass:
+        """Return a batch's token embeddings, rows padded to whole tiles, and room for what follows."""
+        import torch
+
+        a = self.architecture
+        cls, eos = a.tokens.index("<cls>"), a.tokens.index("<eos>")
+        ids = [self._tokens[np.frombuffer(s.encode("ascii"), dtype=np.uint8)] for s in sequences]
+        tokens = np.concatenate([np.concatenate(([cls], row, [eos])) for row in ids])
+        lengths = [len(row) + 2 for row in ids]
+        positions = np.concatenate([np.arange(n) for n in lengths])
+        if self._strict:
+            pad = -len(tokens) % self._tile
+            tokens, positions = np.pad(tokens, (0, pad)), np.pad(positions, (0, pad))
+        x = self._embedding[torch.from_numpy(tokens).to(self.device)]
+        if a.token_dropout:
+            x *= _KEPT_IN_TRAINING
+        place = torch.from_numpy(positions).to(self.device)
+        frequencies = {block.frequencies for block in self._blocks}
+        return _Pass(
+            list(range(len(ids))), lengths, x,
+            x.new_empty((len(tokens), 3 * a.width), dtype=self.compute_dtype),
+            x.new_zeros((len(tokens), a.width), dtype=self.compute_dtype),
+            {f: self._table(f, max(lengths))[place] for f in frequencies},
+        )  # fmt: skip
+
+    def _attend(self, batch: _Pass, number: int, outputs: Outputs, share: Share[Any]) -> None:
+        """Fill a batch's context; on the way, take what is wanted of the probabilities of block `number`."""
+        rows = batch.rows
+        if not self._together:
+            # The longest first: the threads that share them end at about the same time.
+            order = sorted(range(len(rows)), key=lambda i: -batch.lengths[i])
+            share(lambda i: attend(self.heads, batch.qkv[rows[i]], batch.context[rows[i]]), order)
+        else:
+            attend_together(self.heads, batch.qkv, batch.context, batch.lengths)
+        if outputs.contacts or number in outputs.received:
+            share(partial(self._look, batch, number, outputs), range(len(rows)))
+
+    def _look(self, batch: _Pass, number: int, outputs: Outputs, index: int) -> None:
+        """Take contacts and received attention of one sequence from block `number`, some heads at a time."""
+        rows = batch.rows[index]
+        length = batch.lengths[index] - 2
+        received = batch.x.new_zeros(length + 2, dtype=self._embedding.dtype)
+        for first, attention in probabilities(self.heads, batch.qkv[rows]):
+            if outputs.contacts:
+                if number == 1 and first == 0:
+                    batch.contacts[index] = attention.new_zeros((length, length))
+                self._contact_head.add(batch.contacts[index], number - 1, first, attention)
+            received += attention[:, 1:-1].sum((0, 1))
+        if number in outputs.received:
+            batch.received[number, index] = received[1:-1] / (self.architecture.heads * length)
+
+    def _layer(self, x: torch.Tensor, number: int, tiles: list[slice], share: Share[Any]) -> torch.Tensor:
+        """Return a layer's hidden states, fp32; the last one's after the final norm."""
+        import torch
+
+        if number < self.architecture.layers:
+            return x.to(torch.float32, copy=True)
+        out = torch.empty_like(x, dtype=torch.float32)
+
+        def norm(rows: slice) -> None:
+            out[rows] = self._norm_after(x[rows].float())
+
+        share(norm, tiles)
+        return out
+
+    def _results(self, batch: _Pass, outputs: Outputs) -> list[Encoded]:
+        """Return each sequence's outputs as arrays of this machine's memory."""
+        rows = batch.rows
+        hidden = {layer: batch.kept[layer].cpu().numpy() for layer in outputs.layers}
+        return [
+            Encoded(
+                {layer: array[rows[i]] for layer, array in hidden.items()},
+                {layer: batch.received[layer, i].cpu().numpy() for layer in outputs.received},
+                self._logits(batch.kept[self.architecture.layers], rows[i]) if outputs.logits else None,
+                self._contact_head.contacts(batch.contacts[i]).cpu().numpy() if outputs.contacts else None,
+            )
+            for i in batch.indices
+        ]
+
+    def _logits(self, hidden: torch.Tensor, rows: slice) -> NDArray[np.float32]:
+        """Return one sequence's logits: its own shape, whatever its company."""
+        logits: NDArray[np.float32] = self._language_head(hidden[rows]).cpu().numpy()
+        return logits
+
+    def flops(self, length: int) -> float:
+        """Return the floating-point operations that a sequence of `length` residues takes.
+
+        A token takes 24 D^2 + 4 (L + 2) D in each block, with a feed-forward of 4 D: two for each product and sum.
+        """
+        a, tokens = self.architecture, length + 2
+        products = 2 * a.width * (4 * a.width + 2 * a.ffn_width)
+        return float(tokens * a.layers * (products + 4 * tokens * a.width))
+
+    def peak(self) -> float:
+        """Return the rate of one large matrix product here and now, in this precision, FLOP/s."""
+        return matmul_rate(self.device, self.heads.compute)
+
+    def norm(self, tensors: object, name: str) -> Norm:
+        """Return a layer norm by its name."""
+        import torch
+
+        weight, bias = (tensors[f"{name}.{part}"].to(self.device, torch.float32) for part in ("weight", "bias"))  # type: ignore[index]
+        eps = float(self.architecture.layer_norm_eps)
+        return lambda x: torch.nn.functional.layer_norm(x, (x.shape[-1],), weight, bias, eps)
+
+    def product(self, weight: torch.Tensor, bias: torch.Tensor) -> Product:
+        """Return the product with a weight and a bias, in this encoder's precision."""
+        import torch
+
+        # Copies: where a file is mapped, its tensors begin anywhere, and a BLAS library's bits may depend on it.
+        weight, bias = (t.to(self.device, torch.float32, copy=True) for t in (weight, bias))
+        if self.compute_dtype == torch.float32:
+            return Fp32Product(weight, bias)
+        return Bf16Product(weight, bias, native=self._native)
+
+    def scratch(self, name: str, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+        """Return this thread's buffer of a name, (rows, columns); what is in it is anything."""
+        import torch
+
+        known: torch.Tensor | None = getattr(self._scratch, name, None)
+        if known is None or known.shape[0] < rows:
+            known = torch.empty((rows, columns), dtype=dtype, device=self.device)
+            setattr(self._scratch, name, known)
+        return known[:rows]
+
+    def _table(self, frequencies: bytes, length: int) -> torch.Tensor:
+        """Return cos + i sin of position times frequency, (at least `length`, D / 2) complex, once for each head.
+
+        The angle is an fp32 product, as in fair-esm; its cosine is taken in fp64 and rounded once.
+        """
+        import torch
+
+        with self._lock:
+            known = self._tables.get(frequencies)
+            if known is None or known.shape[0] < length:
+                rows = max(1024, 1 << (length - 1).bit_length())
+                inv_freq = np.frombuffer(frequencies, dtype=np.float32)
+                angles = np.outer(np.arange(rows, dtype=np.float32), inv_freq).astype(np.float64)
+                table = (np.cos(angles).astype(np.float32) + 1j * np.sin(angles).astype(np.float32)).astype(
+                    np.complex64
+                )
+                known = torch.from_numpy(np.tile(table, (1, self.architecture.heads))).to(self.device)
+                self._tables[frequencies] = known
+        return known
+
+
+class _Block:
+    """One transformer block: what comes before its attention, and what comes after, for a tile of rows."""
+
+    def __init__(self, encoder: Esm2Encoder, tensors: dict[str, torch.Tensor]) -> None:
+        import torch
+
+        self._encoder = encoder
+        a = encoder.architecture
+        self._norm1 = encoder.norm(tensors, "attention.LayerNorm")
+        self._norm2 = encoder.norm(tensors, "LayerNorm")
+        # A head's row i and row i + head_width / 2 are rotated together: one becomes the real part, the other the imaginary.
+        pairs = torch.arange(a.width).view(a.heads, 2, a.head_width // 2).transpose(1, 2).reshape(-1)
+        parts = [
+            {p: tensors[f"attention.self.{n}.{p}"].float() for p in ("weight", "bias")}
+            for n in ("query", "key", "value")
+        ]
+        weight, bias = (torch.cat([parts[0][p][pairs], parts[1][p][pairs], parts[2][p]]) for p in ("weight", "bias"))
+        self._qkv = encoder.product(weight, bias)
+        self._out = encoder.product(*_tensors(tensors, "attention.output.dense"))
+        up, up_bias = _tensors(tensors, "intermediate.dense")
+        down, down_bias = _tensors(tensors, "output.dense")
+        self._fp32 = encoder.compute_dtype == torch.float32
+        # In fp32 the weights bring x / sqrt(2), of which GELU's erf is taken; in bf16 that would round them anew.
+        root = 0.5**0.5 if self._fp32 else 1.0
+        self._up = encoder.product(up.float() * root, up_bias.float() * root)
+        self._down = encoder.product(down.float() * root, down_bias)
+        self.frequencies = tensors["attention.self.rotary_embeddings.inv_freq"].float().cpu().numpy().tobytes()
+
+    def project(self, batch: _Pass, rows: slice) -> None:
+        """Write a tile's queries and keys, rotated, and its values."""
+        import torch
+
+        e, width = self._encoder, self._encoder.architecture.width
+        qkv = self._qkv(self._norm1(batch.x[rows].float()), batch.qkv[rows])
+        rotated = qkv[:, : 2 * width].float()  # in fp32, qkv itself
+        pairs = torch.view_as_complex(rotated.view(-1, 2, width // 2, 2))
+        pairs *= batch.angles[self.frequencies][rows].unsqueeze(1)
+        if e.compute_dtype != torch.float32:
+            qkv[:, : 2 * width] = rotated
+
+    def finish(self, batch: _Pass, rows: slice) -> None:
+        """Add a tile's attention to its residual, and then what the feed-forward makes of it."""
+        import torch
+
+        e, x = self._encoder, batch.x[rows]
+        self._out.add_to(x, batch.context[rows])
+        wide = e.scratch("wide", x.shape[0], e.architecture.ffn_width, e.compute_dtype)
+        self._up(self._norm2(x.float()), wide)
+        if self._fp32:
+            erf = torch.erf(wide, out=e.scratch("erf", wide.shape[0], wide.shape[1], wide.dtype))
+            torch.addcmul(wide, wide, erf, out=wide)
+        else:
+            wide = _gelu(wide)
+        self._down.add_to(x, wide)
+
+
+def _tensors(tensors: dict[str, torch.Tensor], name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    return tensors[f"{name}.weight"], tensors[f"{name}.bias"]
+
+
+def _gelu(x: torch.Tensor) -> torch.Tensor:
+    """Return GELU of bf16 numbers, computed in fp32."""
+    import torch
+
+    if x.is_cuda:
+        return torch.nn.functional.gelu(x)
+    # torch's fused CPU kernel has a coarser erf.
+    wide = x.float()
+    return (wide * 0.5).mul_((wide * 0.5**0.5).erf_().add_(1.0)).to(x.dtype)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Say whether torch found no room: on a GPU it has an error for that, on a CPU only words."""
+    return isinstance(error, MemoryError) or "out of memory" in str(error) or "DefaultCPUAllocator" in str(error)
+
+
+def _has_varlen() -> bool:
+    try:
+        from torch.nn.attention import varlen  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def _token_table(architecture: Architecture) -> NDArray[np.int64]:
+    """Return the token of each byte, (256,); bytes outside the vocabulary map to <unk>, and rules refuse them earlier."""
+    table = np.full(256, architecture.tokens.index("<unk>"), dtype=np.int64)
+    for index, token in enumerate(architecture.tokens):
+        if len(token) == 1:
+            table[ord(token)] = index
+    return table

@@ -1,0 +1,75 @@
+"""Threads that each compute alone: whatever torch does in one of them, it does with one thread.
+
+So no result can depend on how many threads there are, and none of them waits at the end of every operation for the others:
+each takes whole batches, or whole tiles of one.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from typing import TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
+# Runs a function on each of some pieces of work, and returns when all are done.
+Share = Callable[[Callable[[T], None], Iterable[T]], None]
+
+
+def in_turn(function: Callable[[T], None], pieces: Iterable[T]) -> None:
+    """Do one piece after the other, in this thread."""
+    for piece in pieces:
+        function(piece)
+
+
+class Workers:
+    """Some threads of one torch thread each."""
+
+    def __init__(self, pool: ThreadPoolExecutor, count: int) -> None:
+        self._pool = pool
+        self.count = count
+
+    def share(self, function: Callable[[T], None], pieces: Iterable[T]) -> None:
+        """Do the pieces on all threads; the first error is raised once none is left running."""
+        futures = [self._pool.submit(_inferring, partial(function, piece)) for piece in pieces]
+        errors = [error for error in (future.exception() for future in futures) if error]
+        if errors:
+            raise errors[0]
+
+    def ahead(self, function: Callable[[T], R], pieces: Iterable[T]) -> Iterator[R]:
+        """Yield each piece's result, in order, while the next ones are computed; as many are in flight as there are threads."""
+        waiting: deque[Future[R]] = deque()
+        try:
+            for piece in pieces:
+                waiting.append(self._pool.submit(_inferring, partial(function, piece)))
+                if len(waiting) > self.count:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+@contextmanager
+def workers(count: int) -> Iterator[Workers]:
+    """Start `count` threads, and afterwards leave torch with as many of its own as it had."""
+    import torch
+
+    before = torch.get_num_threads()
+    pool = ThreadPoolExecutor(count, "encoder", initializer=partial(torch.set_num_threads, 1))
+    try:
+        yield Workers(pool, count)
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(before)  # what a thread sets is MKL's number in all of them
+
+
+def _inferring(function: Callable[[], R]) -> R:
+    import torch
+
+    with torch.inference_mode():  # it is each thread's own
+        return function()
