@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from proteus_pipeline.models.encoder import Encoder
 
 # A crash loses what is not yet published: at most this many bytes, or this many seconds of work.
-PUBLISH_BYTES = 128 << 20
+PUBLISH_BYTES = 64 << 20
 PUBLISH_SECONDS = 60.0
 # Measuring what the machine could do takes half a second.
 _WORTH_MEASURING = 50_000
@@ -51,7 +51,7 @@ class Progress(Protocol):
         """Some more sequences were computed, of so many tokens and floating-point operations."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Embedded:
     """What a manifest says of one embedding."""
 

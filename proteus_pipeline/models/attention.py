@@ -43,13 +43,13 @@ def attend(heads: Heads, qkv: torch.Tensor, out: torch.Tensor) -> None:
 
 
 def attend_together(heads: Heads, qkv: torch.Tensor, out: torch.Tensor, lengths: Sequence[int]) -> None:
-    """Write the attention of all sequences of a pack by torch's own kernel for that, which takes bf16 on a GPU."""
+    """Write the attention of all sequences of a pack by torch's own kernel for that, which takes 16 bits on a GPU."""
     import torch
     from torch.nn.attention.varlen import varlen_attn
 
     rows = sum(lengths)
     ends = torch.tensor([0, *lengths], dtype=torch.int32, device=qkv.device).cumsum(0, dtype=torch.int32)
-    q, k, v = qkv[:rows].view(rows, 3, heads.count, heads.width).unbind(1)
+    q, k, v = qkv[:rows].view(rows, 3, heads.count, heads.width).to(heads.compute).unbind(1)
     attended: torch.Tensor = varlen_attn(  # type: ignore[assignment]  # a tuple only where more is asked for
         q, k, v, ends, ends, max(lengths), max(lengths), scale=heads.scale
     )

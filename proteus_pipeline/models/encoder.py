@@ -124,8 +124,8 @@ def make_encoder(
     checkpoint
         The tensors; they may be memory-mapped.
     precision
-        ``fp32``; ``mixed``: bf16 matrix products and attention, fp32 residual, norms and rotation; ``bf16``: all but
-        norms' statistics and rotation in bf16.
+        ``fp32``; ``mixed``: bf16 matrix products with fp32 between them, but for what attention starts from, fp32 on a CPU
+        and fp16 on a GPU; ``bf16``: all but norms' statistics and rotation in bf16.
     numerics
         ``strict``: bit-identical on one device class whatever the batch, order and thread count; ``tolerant``: the shapes
         of the moment, and results that are apart by rounding.

@@ -6,7 +6,7 @@ are added in a pass of their own, where torch would first spread them over the o
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -39,27 +39,44 @@ class Fp32Product:
 
 
 class Bf16Product:
-    """Of bf16 numbers, summed in fp32 and rounded to bf16 once.
+    """Of bf16 numbers, summed in fp32.
 
     On a CPU without instructions for it, torch takes tens of times as long as for fp32: there the same rounded numbers are
     multiplied as fp32.
+
+    Parameters
+    ----------
+    native
+        Whether the device multiplies bf16.
+
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor, *, native: bool) -> None:
         import torch
 
         self._native = native
-        rounded = (weight.t().contiguous().bfloat16(), bias.bfloat16())
-        self._weight, self._bias = rounded if native else tuple(t.float() for t in rounded)
-        self._dtype = torch.bfloat16
+        rounded = weight.t().contiguous().bfloat16()
+        self._weight, self._bias = rounded if native else rounded.float(), bias
+        self._sums = native and weight.is_cuda and _gives_sums(torch)
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         import torch
 
-        x = x.to(self._dtype)
-        if self._native:
-            return torch.addmm(self._bias, x, self._weight, out=out)
-        return out.copy_(torch.mm(x.float(), self._weight).add_(self._bias))
+        x = x.bfloat16()
+        if not self._native and out.dtype == torch.float32:
+            return torch.mm(x.float(), self._weight, out=out).add_(self._bias)
+        if not self._native:
+            product = torch.mm(x.float(), self._weight)
+        elif self._sums:
+            product = torch.mm(x, self._weight, out_dtype=torch.float32)
+        else:
+            product = torch.mm(x, self._weight).float()  # rounded to bf16 on the way: a CPU's kernel gives nothing else
+        return out.copy_(product.add_(self._bias))
 
     def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> None:
-        residual.add_(self(x, x.new_empty((x.shape[0], self._weight.shape[1]), dtype=self._dtype)))
+        residual.add_(self(x, x.new_empty((x.shape[0], self._weight.shape[1]), dtype=residual.dtype)))
+
+
+def _gives_sums(torch: Any) -> bool:
+    """Say whether torch's bf16 product can give its fp32 sums as they are: newer ones can, on a GPU."""
+    return "dtype" in torch.ops.aten.mm.overloads()

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import make_checkpoint
 
 from proteus_pipeline.embeddings import embedder
@@ -20,7 +21,8 @@ from proteus_pipeline.embeddings.embedder import Outcome, embed
 from proteus_pipeline.embeddings.index import Index
 from proteus_pipeline.embeddings.recipe import Recipe, windows
 from proteus_pipeline.embeddings.stored import to_fp32, to_stored
-from proteus_pipeline.errors import ModelError
+from proteus_pipeline.errors import ConfigError, ModelError
+from proteus_pipeline.models.checkpoint import canonical
 from proteus_pipeline.models.encoder import Encoded, Encoder, Outputs, make_encoder
 from proteus_pipeline.models.pooling import pool, pool_residues
 
@@ -358,3 +360,30 @@ def test_progress_is_told_what_happens(lab: Lab):
     outcome = lab.embed(SEQUENCES, Recipe(layer=2, window=10, overlap=4), told=told)
     ((_, _, tokens),) = told.started
     assert tokens == outcome.tokens == sum(n for _, n in told.steps) > sum(len(s) + 2 for s in SEQUENCES)
+
+
+@pytest.mark.parametrize("window", [0, 12])
+def test_attention_weighs_residues_over_all_windows(lab: Lab, real: Encoder, window: int):
+    sequence = SEQUENCES[-1]
+    recipe = Recipe(layer=2, pooling="attention", window=window, overlap=4 if window else 0)
+    (stored,) = lab.values(lab.embed([sequence], recipe))
+    spans = windows(len(sequence), window, recipe.overlap)
+    hidden, received, count = np.zeros((len(sequence), 32)), np.zeros(len(sequence)), np.zeros(len(sequence))
+    for start, end in spans:
+        ((_, part),) = real.compute([sequence[start:end]], Outputs(layers=(2,), received=(2,)))
+        hidden[start:end] += part.hidden[2][1:-1]
+        received[start:end] += part.received[2]
+        count[start:end] += 1
+    weights, hidden = received / count, hidden / count[:, None]
+    assert np.allclose(stored, (weights[:, None] * hidden).sum(0) / weights.sum(), rtol=1e-5, atol=1e-6)
+    with pytest.raises(ConfigError, match="layer 0 is before any attention"):
+        Recipe(layer=0, pooling="attention")
+
+
+def test_weights_that_give_no_numbers_leave_nothing_in_the_cache(lab: Lab, real: Encoder):
+    tensors = dict(make_checkpoint().tensors)
+    tensors["esm.encoder.layer.0.output.dense.bias"] = torch.full((32,), float("nan"))
+    broken = Lab(lab.path, make_encoder(canonical(real.architecture, tensors, "broken")))
+    with pytest.raises(ModelError, match="these weights give what is no number"):
+        broken.embed(SEQUENCES)
+    assert EmbeddingCache(lab.path).stats()["entries"] == 0

@@ -5,6 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import make_checkpoint
+from layouts import contact_head, lm_head, trunk
 
 from proteus_pipeline import ModelInterface, ModelVersionManager
 from proteus_pipeline.errors import (
@@ -15,8 +17,8 @@ from proteus_pipeline.errors import (
     StorageError,
     VersionNotFoundError,
 )
-from proteus_pipeline.models.checkpoint import Checkpoint
-from proteus_pipeline.models.encoder import make_encoder
+from proteus_pipeline.models.checkpoint import Checkpoint, canonical
+from proteus_pipeline.models.encoder import Outputs, make_encoder
 from proteus_pipeline.models.folder import write_folder
 
 SEQUENCES = ["MKTAYIAKQR", "A", "GAVLIMFWPSTCYNQDEKRH", "MKTAYIAKQR"]
@@ -163,3 +165,46 @@ def test_weights_that_are_no_model_are_refused(tmp_path: Path):
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(ModelError, match="model_type 'bert'"):
         ModelInterface("m", weights=tmp_path).embed(["MK"])
+
+
+def test_contacts_and_logits_are_the_encoders_in_the_order_asked_for(tmp_path: Path):
+    tiny = make_checkpoint()
+    heads = lm_head(tiny, fair=False) | {f"esm.contact_head.{n}": t for n, t in contact_head(tiny).items()}
+    write_folder(canonical(tiny.architecture, trunk(tiny) | heads, "whole"), tmp_path / "whole")
+    model = ModelInterface("m", weights=tmp_path / "whole")
+    logits, contacts = model.logits(SEQUENCES), model.contacts(SEQUENCES)
+    encoder = make_encoder(model.checkpoint)
+    for index, sequence in enumerate(SEQUENCES):
+        ((_, alone),) = encoder.compute([sequence], Outputs(logits=True, contacts=True))
+        assert np.array_equal(logits[index], alone.logits)
+        assert logits[index].shape == (len(sequence) + 2, 33)
+        assert np.array_equal(contacts[index], alone.contacts)
+    with pytest.raises(SequenceError, match=r"contacts was given one text, not a list of sequences; write contacts\("):
+        model.contacts("MK")
+
+
+def test_what_a_model_has_no_head_for_is_an_error(model: ModelInterface):
+    with pytest.raises(ModelError, match="no language-model head"):
+        model.logits(["MK"])
+    with pytest.raises(ModelError, match="no contact head"):
+        model.contacts(["MK"])
+
+
+def test_attention_pooling_weighs_residues_by_the_attention_they_receive(model: ModelInterface):
+    (vector,) = model.embed(["MKTAYIAKQR"], pooling="attention")
+    ((_, encoded),) = model.encoder().compute(["MKTAYIAKQR"], Outputs(layers=(2,), received=(2,)))
+    weights = encoded.received[2].astype(np.float64)
+    assert np.allclose(vector, (weights[:, None] * encoded.hidden[2][1:-1]).sum(0) / weights.sum(), rtol=1e-6)
+    with pytest.raises(ConfigError, match="layer 0 is before any attention"):
+        model.embed(["MK"], layer=0, pooling="attention")
+    with pytest.raises(ConfigError, match="pooling is 'median'; use one of mean"):
+        model.embed(["MK"], pooling="median")
+
+
+def test_weights_that_give_no_numbers_are_an_error_and_no_result(tmp_path: Path):
+    tiny = make_checkpoint()
+    broken = dict(tiny.tensors)
+    broken["esm.encoder.layer.0.output.dense.bias"] = torch.full((32,), float("inf"))
+    write_folder(canonical(tiny.architecture, broken, "broken"), tmp_path / "broken")
+    with pytest.raises(ModelError, match="in fp32, these weights give what is no number"):
+        ModelInterface("m", weights=tmp_path / "broken").embed(["MK"])

@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from proteus_pipeline.models.workers import in_turn, workers
+
+
+def test_each_thread_computes_with_one_and_torch_has_as_many_as_before_afterwards():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    seen: list[tuple[str, int, bool]] = []
+    gate = threading.Barrier(2, timeout=10)
+
+    def look(_: int) -> None:
+        gate.wait()
+        seen.append((threading.current_thread().name, torch.get_num_threads(), torch.is_inference_mode_enabled()))
+
+    try:
+        with workers(2) as pool:
+            pool.share(look, range(2))
+        assert {(threads, inferring) for _, threads, inferring in seen} == {(1, True)}
+        assert len({name for name, _, _ in seen}) == 2
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_results_come_in_order_while_no_more_than_some_are_in_flight():
+    running, most = 0, 0
+    lock = threading.Lock()
+
+    def work(number: int) -> int:
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+        time.sleep(0.01 * (number % 3))
+        with lock:
+            running -= 1
+        return number
+
+    with workers(2) as pool:
+        assert list(pool.ahead(work, range(20))) == list(range(20))
+    assert most == 2
+
+
+def test_pieces_are_taken_as_they_are_wanted():
+    taken = 0
+
+    def endless() -> Iterator[int]:
+        nonlocal taken
+        while True:
+            taken += 1
+            yield taken
+
+    with workers(2) as pool:
+        results = pool.ahead(lambda n: n, endless())
+        assert [next(results) for _ in range(5)] == [1, 2, 3, 4, 5]
+        assert taken <= 5 + 3
+
+
+def test_the_first_error_is_raised_once_none_is_running():
+    done: list[int] = []
+
+    def work(number: int) -> None:
+        if number == 1:
+            raise ValueError("one")
+        time.sleep(0.05)
+        done.append(number)
+
+    with workers(2) as pool:
+        with pytest.raises(ValueError, match="one"):
+            pool.share(work, range(4))
+        assert sorted(done) == [0, 2, 3]
+        with pytest.raises(ValueError, match="one"):
+            list(pool.ahead(work, range(4)))
+
+
+def test_in_turn_is_in_turn():
+    seen: list[int] = []
+    in_turn(seen.append, range(3))
+    assert seen == [0, 1, 2]
