@@ -15,6 +15,7 @@ from proteus_pipeline.embeddings.cache import EmbeddingCache
 from proteus_pipeline.embeddings.index import Attestation
 from proteus_pipeline.embeddings.recipe import Recipe, windows
 from proteus_pipeline.embeddings.stored import content_hash, to_stored
+from proteus_pipeline.errors import StorageError
 from proteus_pipeline.models.encoder import Outputs
 from proteus_pipeline.models.pooling import finite, pool, pool_residues
 
@@ -213,11 +214,17 @@ class _Job:
                 if flying:
                     flying.result()
                 self._publish_all(lots)
-            finally:
+            except BaseException as error:
                 # Ctrl-C or an error, in publishing too: what is finished is kept. An entry published twice does no harm.
-                if flying:
-                    wait([flying])
-                self._publish_all(lots)
+                try:
+                    if flying:
+                        wait([flying])
+                finally:
+                    try:
+                        self._publish_all(lots)
+                    except StorageError as failed:
+                        error.add_note(f"and what was finished could not be kept: {failed}")
+                raise
 
     def _publish_all(self, lots: list[_Pending]) -> None:
         for lot in lots:
@@ -246,8 +253,7 @@ class _Job:
             if len(spans[key]) == 1:
                 yield key, pool(hidden, recipe.pooling, received), length, length + 2
                 continue
-            # A copy: the batch that the rows are a view of would otherwise stay in memory until the last window.
-            waiting.setdefault(key, {})[number] = hidden.copy(), received
+            waiting.setdefault(key, {})[number] = hidden, received
             if len(waiting[key]) == len(spans[key]):
                 windowed = waiting.pop(key)
                 yield key, _merge(windowed, spans[key], recipe.pooling), length, _tokens(spans[key])

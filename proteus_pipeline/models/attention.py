@@ -50,8 +50,9 @@ def attend_together(heads: Heads, qkv: torch.Tensor, out: torch.Tensor, lengths:
     rows = sum(lengths)
     ends = torch.tensor([0, *lengths], dtype=torch.int32, device=qkv.device).cumsum(0, dtype=torch.int32)
     q, k, v = qkv[:rows].view(rows, 3, heads.count, heads.width).to(heads.compute).unbind(1)
+    # One split: by itself the kernel splits as the longest sequence of the pack asks, and bits would depend on company.
     attended: torch.Tensor = varlen_attn(  # type: ignore[assignment]  # a tuple only where more is asked for
-        q, k, v, ends, ends, max(lengths), max(lengths), scale=heads.scale
+        q, k, v, ends, ends, max(lengths), max(lengths), scale=heads.scale, num_splits=1
     )
     out[:rows].view(rows, heads.count, heads.width).copy_(attended)
 

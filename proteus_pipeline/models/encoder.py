@@ -59,8 +59,8 @@ class Encoded:
     hidden
         (L + 2, D) by layer: the start token, the residues, the end token.
     received
-        (L,) by layer: the attention that each residue receives from the others, the mean over heads and over the residues
-        that pay it.
+        (L,) by layer: the attention that each residue receives from all residues, itself included; the mean over heads and
+        over those that pay it.
     logits
         (L + 2, V), or None.
     contacts
@@ -96,7 +96,9 @@ class Encoder(Protocol):
         Raises
         ------
         ModelError
-            For logits or contacts of a checkpoint without that head, or weights whose outputs are no numbers.
+            For logits or contacts of a checkpoint without that head.
+        ConfigError
+            For a layer that the model does not have.
         MemoryError
             When not even one sequence alone has room.
 

@@ -20,11 +20,12 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from proteus_pipeline.errors import CacheMemoryError, ModelError
+from proteus_pipeline.errors import CacheMemoryError, ConfigError, ModelError
 from proteus_pipeline.models.attention import Heads, attend, attend_together, probabilities
 from proteus_pipeline.models.checkpoint import EMBEDDING, Checkpoint
 from proteus_pipeline.models.device import has_bf16, matmul_rate
@@ -103,7 +104,7 @@ class Esm2Encoder:
         self._native = not self._on_cpu or has_bf16()
         halves = {"fp32": torch.float32, "mixed": torch.float16, "bf16": torch.bfloat16}
         attends = halves[precision] if not self._on_cpu else self.between if self._native else torch.float32
-        self._together = attends != torch.float32 and not self._on_cpu and _has_varlen()
+        self._together = attends != torch.float32 and not self._on_cpu and _has_varlen(device)
         self.heads = Heads(a.heads, a.head_width, attends)
         self._tokens = _token_table(a)
         self._embedding = checkpoint.tensors[EMBEDDING].to(device, torch.float32)
@@ -134,6 +135,9 @@ class Esm2Encoder:
         """Yield each sequence's index and its outputs; see `proteus_pipeline.models.encoder.Encoder`."""
         import torch
 
+        depth = self.architecture.layers
+        if not all(0 <= n <= depth for n in outputs.layers) or not all(0 < n <= depth for n in outputs.received):
+            raise ConfigError(f"{outputs} asks for a layer that is not there", f"the model has layers 0 to {depth}")
         if outputs.logits:
             self._language_head  # noqa: B018 - what is missing is said before anything is computed
         if outputs.contacts:
@@ -143,9 +147,8 @@ class Esm2Encoder:
         lengths = [len(s) + 2 for s in sequences]
         run = partial(self._run, sequences, outputs)
         if not self._on_cpu:
-            with torch.inference_mode():
-                for batch in plan_batches(lengths, token_budget):
-                    yield from run(in_turn, batch)
+            for batch in plan_batches(lengths, token_budget):
+                yield from run(in_turn, batch)
             return
         count = torch.get_num_threads()
         # Several batches for each thread, where there is work for that: the threads end at about the same time.
@@ -203,7 +206,7 @@ class Esm2Encoder:
                 share(partial(block.finish, batch), tiles)
                 if number in wanted:
                     batch.kept[number] = self._layer(batch.x, number, tiles, share)
-            return self._results(batch, outputs)
+            return self._results(batch, outputs, share)
 
     def _start(self, sequences: list[str]) -> _Pass:
         """Return a batch's token embeddings, rows padded to whole tiles, and room for what follows."""
@@ -270,19 +273,22 @@ class Esm2Encoder:
         share(norm, tiles)
         return out
 
-    def _results(self, batch: _Pass, outputs: Outputs) -> list[Encoded]:
-        """Return each sequence's outputs as arrays of this machine's memory."""
+    def _results(self, batch: _Pass, outputs: Outputs, share: Share[Any]) -> list[Encoded]:
+        """Return each sequence's outputs as arrays of this machine's memory, and of their own."""
         rows = batch.rows
         hidden = {layer: batch.kept[layer].cpu().numpy() for layer in outputs.layers}
-        return [
-            Encoded(
-                {layer: array[rows[i]] for layer, array in hidden.items()},
+        done: dict[int, Encoded] = {}
+
+        def finish(i: int) -> None:
+            done[i] = Encoded(
+                {layer: array[rows[i]].copy() for layer, array in hidden.items()},
                 {layer: batch.received[layer, i].cpu().numpy() for layer in outputs.received},
                 self._logits(batch.kept[self.architecture.layers], rows[i]) if outputs.logits else None,
                 self._contact_head.contacts(batch.contacts[i]).cpu().numpy() if outputs.contacts else None,
             )
-            for i in batch.indices
-        ]
+
+        share(finish, batch.indices)
+        return [done[i] for i in batch.indices]
 
     def _logits(self, hidden: torch.Tensor, rows: slice) -> NDArray[np.float32]:
         """Return one sequence's logits: its own shape, whatever its company."""
@@ -430,12 +436,15 @@ def _is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or "out of memory" in str(error) or "DefaultCPUAllocator" in str(error)
 
 
-def _has_varlen() -> bool:
+def _has_varlen(device: str) -> bool:
+    """Say whether torch has its kernel for packs here: in a release that takes what we ask of it, on a GPU that runs it."""
+    import torch
+
     try:
-        from torch.nn.attention import varlen  # noqa: F401
+        from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return False
-    return True
+    return "num_splits" in signature(varlen_attn).parameters and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _token_table(architecture: Architecture) -> NDArray[np.int64]:

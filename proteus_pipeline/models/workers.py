@@ -40,7 +40,7 @@ class Workers:
             raise errors[0]
 
     def ahead(self, function: Callable[[T], R], pieces: Iterable[T]) -> Iterator[R]:
-        """Yield each piece's result, in order, while the next ones are computed; as many are in flight as there are threads."""
+        """Yield each piece's result, in order, while the next ones are computed: one more at a time than there are threads."""
         waiting: deque[Future[R]] = deque()
         try:
             for piece in pieces:

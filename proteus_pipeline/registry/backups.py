@@ -11,7 +11,8 @@ Versions share what they have in common, as in the cache.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from proteus_pipeline.registry.weights import Objects, quarantine
 from proteus_pipeline.stores.files import storage_error, write_atomic
 
 SCHEMA = 1
+_log = logging.getLogger(__name__)
 _RELEASED = ".released"
 
 
@@ -105,13 +107,22 @@ class Backups:
 
     def list(self) -> list[Backup]:
         """Return every backup whose description can be read."""
-        found = []
-        for path in sorted((self._folder / "versions").glob("**/*.json")):
+        return [backup for _, backup in self._all() if isinstance(backup, Backup)]
+
+    def unreadable(self) -> Sequence[tuple[Path, IntegrityError]]:
+        """Return the descriptions that can't be read: damaged ones, or a later proteus's."""
+        return [(path, error) for path, error in self._all() if isinstance(error, IntegrityError)]
+
+    def _all(self) -> Iterator[tuple[Path, Backup | IntegrityError]]:
+        versions = self._folder / "versions"
+        for path in sorted([*versions.glob("**/*.json"), *versions.glob(f"**/*{_RELEASED}")]):
             try:
-                found.append(self._read(path))
-            except IntegrityError:
+                backup = self._read(path)
+            except IntegrityError as error:
+                yield path.relative_to(versions), error
                 continue
-        return [backup for backup in found if backup]
+            if backup and path.suffix != _RELEASED:
+                yield path, backup
 
     def is_verified(self, reference: str) -> bool:
         """Say whether a version's backup is there and every object of it is what its name says."""
@@ -130,12 +141,18 @@ class Backups:
             path.replace(path.with_suffix(_RELEASED))
         # Of one that a killed process was releasing, the rest goes too.
         for released in (self._folder / "versions").glob(f"**/*{_RELEASED}"):
-            backup = self._read(released)
+            try:
+                backup = self._read(released)
+            except IntegrityError as error:
+                _log.warning("%s, and stays with what it names: %s", error.what, error.remedy)
+                continue
             self._remove(backup.objects if backup else ())
             released.unlink(missing_ok=True)
 
     def _remove(self, md5s: Iterable[str]) -> None:
-        """Remove objects that no backup needs."""
+        """Remove objects that no backup needs; none, while nobody can say what one needs."""
+        if self.unreadable():
+            return
         needed = {md5 for other in self.list() for md5 in other.objects}
         for md5 in set(md5s) - needed:
             self.objects.object(md5).unlink(missing_ok=True)

@@ -26,15 +26,17 @@ def offered(git: Git, tag: str) -> Iterator[tuple[str, str]]:
         yield remote, oid
 
 
-def fetch_events(git: Git, name: str) -> None:
-    """Bring all of a model's tags from every remote that can be reached; those that are here stay as they are."""
+def fetch_events(git: Git, name: str) -> list[str]:
+    """Bring all of a model's tags from every remote; those that are here stay as they are. Return what went wrong."""
+    failures = []
     patterns = [f"refs/tags/{name}{mark}*:refs/tags/{name}{mark}*" for mark in ("@", "#")]
     for remote in _remotes(git):
         # Fails, too, where a tag here differs: that one stays, and the others come.
         try:
             git.run("fetch", "--quiet", "--no-tags", remote, *patterns, timeout_s=_TIMEOUT_S)
-        except GitError:
-            continue
+        except GitError as error:
+            failures.append(f"{remote}: {error.what}")
+    return failures
 
 
 def _remotes(git: Git) -> list[str]:

@@ -88,8 +88,14 @@ def provide(
             return _register(manager, entry, wanted, progress)
         if (git := manager.found()) is None:
             raise
-        fetch_events(git, wanted.name)
-        version = manager.resolve(reference)
+        failures = fetch_events(git, wanted.name)
+        try:
+            version = manager.resolve(reference)
+        except VersionNotFoundError as error:
+            if not failures:
+                raise
+            what = f"{error.what}, and it could not be fetched from {'; '.join(failures)}"
+            raise VersionNotFoundError(what, f"{error.remedy}; look at git remote -v") from error
     try:
         _bring(manager, version, force=force)
     except StorageError:

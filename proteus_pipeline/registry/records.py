@@ -20,6 +20,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import semver
+
 from proteus_pipeline.errors import ConfigError, IntegrityError
 from proteus_pipeline.identity import digests
 
@@ -29,6 +31,8 @@ _EVENT = "proteus-event"
 _DIGEST = re.compile(r"[0-9a-f]{32}")
 OBJECT_MD5 = re.compile(r"[0-9a-f]{32}(\.dir)?")
 _LARGEST = 2**53
+# Events of a model: as many as leave room for six digits by chance in a tag's counter.
+SEQUENCES = 10**9
 _AGAIN = "fetch the tag again from a remote, or: proteus model verify --repair"
 
 
@@ -190,7 +194,7 @@ def _is_whole(record: VersionRecord) -> bool:
 
 def is_sequence(value: object) -> bool:
     """Say whether a value is an event's number: of a size that every program counts in."""
-    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < _LARGEST
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < SEQUENCES
 
 
 def read_event(message: str, tag: str) -> EventRecord | None:
@@ -209,14 +213,18 @@ def read_event(message: str, tag: str) -> EventRecord | None:
         event = EventRecord(**value)
     except TypeError as error:
         raise IntegrityError(f"the event in tag {tag} is damaged ({error})", _AGAIN) from error
-    texts = (event.name, event.version, event.reason, event.time)
+    texts = (event.event, event.name, event.version, event.reason, event.time)
     if not (
         is_sequence(event.sequence) and all(isinstance(t, str) for t in texts) and isinstance(event.details, Mapping)
     ):
         raise IntegrityError(f"the event in tag {tag} is damaged (a value of the wrong type)", _AGAIN)
-    about = (event.name, f"{event.name}@v{event.version}")
-    if _subject(tag) not in about:
-        raise IntegrityError(f"the event in tag {tag} is of {about[1]}", _AGAIN)
+    subject, about = _subject(tag), f"{event.name}@v{event.version}"
+    if "@" in subject:
+        fits = subject == about and event.event in {"deleted", "restored"}
+    else:
+        fits = subject == event.name and event.event == "made current" and semver.Version.is_valid(event.version)
+    if not fits:
+        raise IntegrityError(f"the event in tag {tag} is of {about}, {event.event!r}", _AGAIN)
     return event
 
 

@@ -167,6 +167,8 @@ def publish(
 
     """
     lines, refs = [], {}
+    if any(not (tag.isprintable() and " " not in tag) for tag in (*tags, *(withdrawn or {}))):
+        raise StorageError("a tag's name holds a space or a line end", "give it another name")
     for tag, oid in tags.items():
         # The ledger first: a tag without an entry could be moved unseen.
         for ref in (LEDGER + tag, f"refs/tags/{tag}"):
@@ -177,7 +179,7 @@ def publish(
         for tag, oid in (withdrawn or {}).items():
             # A fetched tag need not be in the ledger.
             for ref in _existing(git, (LEDGER + tag, f"refs/tags/{tag}")):
-                lines.append(f"delete {ref}\n")
+                lines.append(f"delete {ref} {oid}\n")
                 locked |= {ref: f"-{oid}"}
         if branch:
             ref, new, old = branch

@@ -17,6 +17,7 @@ from proteus_pipeline.registry.git import Git
 from proteus_pipeline.registry.pointers import Pointer
 from proteus_pipeline.registry.protection import pointed_to, users
 from proteus_pipeline.registry.publishing import publish_event
+from proteus_pipeline.registry.records import read_record
 from proteus_pipeline.registry.refs import exclusive, publish
 from proteus_pipeline.registry.supply import mend, supply
 from proteus_pipeline.registry.version import ModelVersion
@@ -199,8 +200,15 @@ def _restore_tag(manager: ModelVersionManager, git: Git, reference: str) -> None
     backup = Backups(manager.root).find(reference)
     if backup is None or not backup.tag_object:
         return
-    commit = backup.tag_object.partition("\n")[0].removeprefix("object ")
-    if git.ids([f"{commit}^{{commit}}"]) != [None]:
+    head, _, message = backup.tag_object.partition("\n\n")
+    said = dict(line.partition(" ")[::2] for line in head.split("\n"))
+    # A file that anybody may have edited: it names one tag, of one commit, with that version's record.
+    if not (backup.reference == backup.tag == said.get("tag") == reference and read_record(message, reference)):
+        raise IntegrityError(
+            f"the backup of {reference} holds another version's tag", "restore it from a copy of the folder"
+        )
+    commit = said.get("object", "")
+    if commit.isalnum() and git.ids([f"{commit}^{{commit}}"]) != [None]:
         text = backup.tag_object.encode("utf-8", "surrogateescape")
         oid = git.run_bytes("hash-object", "-t", "tag", "-w", "--stdin", data=text).decode().strip()
         publish(git, {backup.tag: oid})

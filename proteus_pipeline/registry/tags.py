@@ -49,8 +49,8 @@ def read_events(git: Git, name: str | None = None) -> list[Event]:
         stamp = int(time) if time.isdecimal() else 0
         events.append(Event(kind, model, version, tag, commit, stamp, author, sequence, record, damage, oid, told))
     # Where a clone fetched a deletion before it was restored, it has the same tag object under both names.
-    noted = {event.oid for event in events if "%" in event.tag}
-    return [event for event in events if "!" not in event.tag or event.oid not in noted]
+    noted = {(event.oid, event.version) for event in events if "%" in event.tag and event.oid != event.commit}
+    return [event for event in events if "!" not in event.tag or (event.oid, event.version) not in noted]
 
 
 def _noted(record: VersionRecord | None, told: EventRecord | None, title: str) -> str:

@@ -105,11 +105,15 @@ class Verification:
     def _tags(self) -> Iterator[Finding]:
         ledger = read_ledger(self._git)
         events = {e.tag: e for history in self._manager.histories(None) for e in history.events}
+        # A deletion that was restored since, perhaps in another clone, goes by another name.
+        renamed = {e.oid for e in events.values() if "%" in e.tag}
         for tag in sorted(ledger.keys() | events.keys()):
             parsed = parse_tag(tag)
             if parsed is None or not self._concerns(tag, parsed[1]):
                 continue
             event, entered = events.get(tag), ledger.get(tag)
+            if event is None and "!" in tag and entered in renamed:
+                continue
             if event is None or (entered and event.oid != entered):
                 yield self._meddled(tag, event, entered or "")
             elif event.damage:
@@ -316,6 +320,9 @@ class Verification:
 
     def _backups(self) -> Iterator[Finding]:
         backups = Backups(self._manager.root)
+        for path, error in backups.unreadable():
+            if self._name in {"", path.stem.partition("@")[0]}:
+                yield Finding(path.stem, "backup", DAMAGED, error.what, error.remedy)
         for backup in backups.list():
             if not self._concerns(backup.tag, backup.reference.partition("@")[0]):
                 continue
@@ -330,12 +337,9 @@ class Verification:
     def _promised(self, backups: Backups, reference: str) -> Iterator[Finding]:
         """Look for the backup that a deletion speaks of."""
         remedy = f"proteus model restore {reference} while its weights can be had, then delete it again"
-        try:
-            if backups.find(reference) is None:
-                what = f"{reference} was deleted with a backup, which is not here ({backups.path(reference)})"
-                yield Finding(reference, "backup", MISSING, what, f"{remedy}; the clone that deleted it has the backup")
-        except IntegrityError as error:
-            yield Finding(reference, "backup", DAMAGED, error.what, remedy)
+        if not backups.path(reference).exists():
+            what = f"{reference} was deleted with a backup, which is not here ({backups.path(reference)})"
+            yield Finding(reference, "backup", MISSING, what, f"{remedy}; the clone that deleted it has the backup")
 
     def _backup_finding(self, backups: Backups, reference: str, md5: str) -> Finding:
         path = backups.objects.object(md5)

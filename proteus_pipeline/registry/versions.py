@@ -374,7 +374,10 @@ class ModelVersionManager(VersionLookup):
         wanted = None
         if reference is not None:
             parsed = Reference.parse(reference)
-            wanted = str(parsed) if parsed.exact else self.resolve(reference).reference
+            known = self.history(parsed.name)
+            # Of a model whose versions are all deleted, there are backups to look at.
+            deleted = parsed.name if known.known and not known.live else None
+            wanted = str(parsed) if parsed.exact else deleted or self.resolve(reference).reference
             if parsed.exact and parsed.selector not in self.history(parsed.name).known:
                 raise self.not_found(self.history(parsed.name), f"v{parsed.selector}")
         return list(Verification(self, wanted, repair=repair, deep=deep).findings())

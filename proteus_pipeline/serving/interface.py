@@ -207,7 +207,7 @@ class ModelInterface:
 
         """
         found = self._compute(_normalised(sequences, "logits"), Outputs(logits=True), options)
-        return [e.logits for e in found if e.logits is not None]
+        return [finite(e.logits, options.get("precision", "fp32")) for e in found if e.logits is not None]
 
     def contacts(self, sequences: Sequence[str], **options: str) -> list[NDArray[np.float32]]:
         """Predict contacts, layer by layer: no more than some heads' attention maps are in memory at once.
@@ -231,7 +231,7 @@ class ModelInterface:
 
         """
         found = self._compute(_normalised(sequences, "contacts"), Outputs(contacts=True), options)
-        return [e.contacts for e in found if e.contacts is not None]
+        return [finite(e.contacts, options.get("precision", "fp32")) for e in found if e.contacts is not None]
 
     def _compute(self, sequences: list[str], outputs: Outputs, options: Mapping[str, str]) -> list[Encoded]:
         """Return each sequence's outputs, in their order."""

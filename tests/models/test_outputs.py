@@ -10,7 +10,7 @@ import torch
 from conftest import make_checkpoint
 from layouts import contact_head, lm_head, trunk
 
-from proteus_pipeline.errors import CacheMemoryError, ModelError
+from proteus_pipeline.errors import CacheMemoryError, ConfigError, ModelError
 from proteus_pipeline.models import attention, esm2
 from proteus_pipeline.models.checkpoint import Checkpoint, canonical
 from proteus_pipeline.models.encoder import Encoded, Outputs, make_encoder
@@ -139,9 +139,15 @@ def test_attention_of_a_pack_by_the_gpu_s_kernel_is_that_of_each_sequence(
     asked: list[tuple[list[int], int]] = []
 
     def varlen(
-        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ends: torch.Tensor, *rest: object, scale: float
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        ends: torch.Tensor,
+        *rest: object,
+        scale: float,
+        num_splits: int,
     ) -> torch.Tensor:
-        assert ends.dtype == torch.int32
+        assert (ends.dtype, num_splits) == (torch.int32, 1)
         asked.append((ends.tolist(), int(rest[-1])))  # type: ignore[call-overload]
         cuts = ends.tolist()
         parts = [
@@ -166,3 +172,36 @@ def test_flops_are_counted_as_the_formula_says(tiny: Checkpoint):
     encoder, tokens, d, layers = make_encoder(tiny), 52, 32, 2
     assert encoder.flops(50) == tokens * layers * (24 * d * d + 4 * tokens * d)
     assert encoder.peak() > 1e8
+
+
+@pytest.mark.parametrize("outputs", [Outputs(layers=(0, 7)), Outputs(layers=(-1,)), Outputs(received=(0,))])
+def test_layers_that_are_not_there_are_refused_before_anything_is_computed(tiny: Checkpoint, outputs: Outputs):
+    with pytest.raises(ConfigError, match="the model has layers 0 to 2"):
+        next(make_encoder(tiny).compute(["MK"], outputs))
+
+
+def test_logits_and_contacts_are_the_same_bits_with_any_threads_and_company(checkpoint: Checkpoint):
+    """The real width, where torch's own products are other bits with other thread counts."""
+    a = checkpoint.architecture
+    random = torch.Generator().manual_seed(0)
+    head = {"dense.weight": (a.width, a.width), "dense.bias": (a.width,), "layer_norm.weight": (a.width,)}
+    head |= {"layer_norm.bias": (a.width,), "bias": (33,)}
+    tensors = {f"lm_head.{n}": torch.randn(size, generator=random) * 0.1 for n, size in head.items()}
+    model = canonical(a, dict(checkpoint.tensors) | tensors, "with a head")
+    sequences = ["MKTAYIAKQRQISFVKSHFS"[:n] for n in range(1, 21)] + ["MKTAYIAKQRQISFVKSHFSRQLEERLGLIEVQ" * 10]
+    outputs, before = Outputs(logits=True, contacts=True), torch.get_num_threads()
+    found = []
+    try:
+        for threads, company in ((1, True), (2, True), (3, True), (1, False), (2, False), (3, False)):
+            torch.set_num_threads(threads)
+            encoder = make_encoder(model)
+            if company:
+                done = dict(encoder.compute(sequences, outputs))
+            else:
+                done = {i: next(encoder.compute([s], outputs))[1] for i, s in enumerate(sequences)}
+            arrays = [x for i in range(len(sequences)) for x in (done[i].logits, done[i].contacts)]
+            found.append([x.tobytes() for x in arrays if x is not None])
+    finally:
+        torch.set_num_threads(before)
+    assert all(one == found[0] for one in found[1:])
+    assert len(found[0]) == 2 * len(sequences)

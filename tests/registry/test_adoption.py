@@ -227,3 +227,40 @@ def test_two_clones_changes_do_not_collide(manager: ModelVersionManager, reposit
     git(tmp_path / "other", "fetch", "--quiet", "--tags")
     assert manager.history("m").events == other.history("m").events
     assert manager.resolve("m").version == other.resolve("m").version
+
+
+def test_a_deletion_that_was_restored_elsewhere_is_no_removed_tag(
+    manager: ModelVersionManager, repository: Path, tiny: Checkpoint, tmp_path: Path
+):
+    for number in range(2):
+        manager.register_version(Given("m", make_checkpoint(seed=number)), f"1.{number}.0")
+    git(tmp_path, "clone", "--quiet", "--bare", str(repository), "hub.git")
+    git(repository, "remote", "add", "hub", str(tmp_path / "hub.git"))
+    manager.delete_version("m", "1.0.0")
+    git(repository, "push", "--quiet", "--tags", "hub")
+    git(tmp_path, "clone", "--quiet", "hub.git", "other")
+    other = ModelVersionManager(tmp_path / "other")
+    git(tmp_path / "other", "config", "--file", ".dvc/config", "cache.dir", str(repository / ".dvc" / "cache"))
+    shutil.copytree(repository / ".proteus" / "backups", tmp_path / "other" / ".proteus" / "backups")
+    other.restore_version("m", "1.0.0")
+    git(tmp_path / "other", "push", "--quiet", "--tags")
+    git(repository, "fetch", "--quiet", "--tags", "hub")
+    assert list(manager.history("m").live) == ["1.0.0", "1.1.0"]
+    assert [f.what for f in manager.verify() if f.part == "tag"] == []
+    (deletion,) = git(repository, "tag", "--list", "m@v1.0.0!*").splitlines()
+    git(repository, "tag", "-d", deletion)
+    assert [f.what for f in manager.verify() if f.part == "tag"] == []
+
+
+def test_a_deletion_that_somebody_moved_is_not_swept_away_by_a_restoration(
+    manager: ModelVersionManager, repository: Path
+):
+    for number in range(2):
+        manager.register_version(Given("m", make_checkpoint(seed=number)), f"1.{number}.0")
+    manager.delete_version("m", "1.0.0")
+    (deletion,) = git(repository, "tag", "--list", "m@v1.0.0!*").splitlines()
+    git(repository, "update-ref", f"refs/tags/{deletion}", git(repository, "rev-parse", "m@v1.1.0"))
+    with pytest.raises(IntegrityError, match=r"was moved or edited; proteus model verify --repair"):
+        manager.restore_version("m", "1.0.0")
+    assert manager.verify(repair=True)
+    assert manager.restore_version("m", "1.0.0").version == "1.0.0"

@@ -313,3 +313,9 @@ def test_a_version_that_only_a_git_remote_has_comes_with_its_events(
     assert provide(two, "m@v1.1.0", {}).version == "1.1.0"
     with pytest.raises(VersionNotFoundError):
         provide(two, "m@v9.0.0", {})
+
+
+def test_a_git_remote_that_cant_be_asked_is_named(repository: Path, manager: ModelVersionManager, tmp_path: Path):
+    git(repository, "remote", "add", "origin", str(tmp_path / "nowhere"))
+    with pytest.raises(VersionNotFoundError, match=r"could not be fetched from origin: .*look at git remote -v"):
+        provide(manager, "m@v1.0.0", {})

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import logging
 import re
 from pathlib import Path
@@ -322,3 +323,52 @@ def test_a_version_whose_tag_git_lost_comes_back_from_its_backup(manager: ModelV
         manager.get_version("m", "1.0.0")
     assert manager.restore_version("m", "1.0.0").checkpoint.model_digest == digest
     assert git(manager.root, "rev-parse", "m@v1.0.0") == oid
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("tag", "x\ndelete refs/heads/precious\ncommit\nstart\ncreate refs/tags/z"),
+        ("tag", "q@v3.0.0"),
+        ("reference", "q@v3.0.0"),
+        ("tag_object", "object x\ntype commit\ntag m@v1.0.0\n\nno record"),
+    ],
+)
+def test_an_edited_backup_writes_no_other_ref(manager: ModelVersionManager, field: str, value: str):
+    register(manager, "1.0.0", "1.1.0")
+    manager.delete_version("m", "1.0.0")
+    git(manager.root, "branch", "precious", "m@v1.0.0^{commit}")
+    for tag in git(manager.root, "tag", "--list", "m@v1.0.0*").splitlines():
+        git(manager.root, "update-ref", "-d", f"refs/tags/{tag}")
+        git(manager.root, "update-ref", "-d", f"refs/proteus/ledger/{tag}")
+    path = Backups(manager.root).path("m@v1.0.0")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    refs = git(manager.root, "for-each-ref")
+    with pytest.raises((IntegrityError, VersionNotFoundError)):
+        manager.restore_version("m", "1.0.0")
+    assert git(manager.root, "for-each-ref") == refs
+
+
+def test_while_a_backup_cant_be_read_no_backup_s_bytes_go(manager: ModelVersionManager):
+    register(manager, "1.0.0", "1.1.0", "1.2.0")
+    for number in ("1.0.0", "1.1.0"):
+        manager.delete_version("m", number)
+    backups = Backups(manager.root)
+    path = backups.path("m@v1.1.0")
+    path.write_text(path.read_text().replace('"schema": 1', '"schema": 2'))
+    there = {p.name for p in backups.objects.folder.rglob("*") if p.is_file()}
+    assert manager.restore_version("m", "1.0.0").version == "1.0.0"
+    assert {p.name for p in backups.objects.folder.rglob("*") if p.is_file()} == there
+    assert {f.part for f in manager.verify()} == {"backup"}
+
+
+def test_what_is_left_of_another_backup_stops_no_restoration(
+    manager: ModelVersionManager, caplog: pytest.LogCaptureFixture
+):
+    register(manager, "1.0.0", "1.1.0")
+    manager.delete_version("m", "1.0.0")
+    left = Backups(manager.root).path("m@v0.9.0").with_suffix(".released")
+    left.write_text("{")
+    assert manager.restore_version("m", "1.0.0").version == "1.0.0"
+    assert left.exists()
+    assert "m@v0.9.0.released is damaged" in caplog.text

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from proteus_pipeline.errors import IntegrityError
 from proteus_pipeline.models.checkpoint import Checkpoint
 from proteus_pipeline.registry.git import Git
 from proteus_pipeline.registry.lock import resolve_locked
+from proteus_pipeline.registry.records import EventRecord
 from proteus_pipeline.registry.tags import read_events
 from proteus_pipeline.registry.versions import ModelVersionManager
 
@@ -159,3 +160,34 @@ def test_a_tag_of_a_tag_is_of_its_commit_and_one_of_a_file_or_a_tree_is_no_versi
     git(repository, "tag", "m@v1.2.0", "HEAD:.gitignore")
     git(repository, "tag", "m@v1.3.0")
     assert [(e.version, e.commit) for e in read_events(here, "m")] == [("1.0.0", head), ("1.3.0", head)]
+
+
+@pytest.mark.parametrize(
+    ("tag", "change"),
+    [
+        ("m@v1.0.0%5", {"event": ["x"]}),
+        ("m@v1.0.0%5", {"event": "registered"}),
+        ("m@v1.0.0%5", {"event": "made current"}),
+        ("m@v1.0.0%5", {"name": "m@v1.0.0", "version": "zzz", "event": "restored"}),
+        ("m@v1.0.0%5", {"name": "m@v1.0.0", "version": "7.7.7", "event": "restored"}),
+        ("m@v1.0.0%5", {"sequence": 10**9, "event": "restored"}),
+        ("m#current#5", {"version": "zzz", "event": "made current"}),
+        ("m#current#5", {"event": "deleted"}),
+    ],
+)
+def test_a_forged_event_is_damage_and_stops_no_listing(repository: Path, tag: str, change: dict[str, Any]):
+    event = EventRecord("restored", "m", "1.0.0", 5)
+    put_tag(repository, "m@v1.0.0", b"x\n")
+    message = EventRecord(**(asdict(event) | change)).message()
+    put_tag(repository, tag, message.encode())
+    manager = ModelVersionManager(repository)
+    assert [v.version for v in manager.list_models()["m"]] == ["1.0.0"]
+    (told,) = [e for e in manager.history("m").events if e.tag == tag]
+    assert told.damage
+    assert [f.part for f in manager.verify() if f.about == tag] == ["record"]
+
+
+def test_a_light_tag_hides_no_deletion_of_another_version(repository: Path):
+    for name in ("m@v1.0.0", "m@v1.0.0!", "m@v9.0.0%7"):
+        git(repository, "tag", name)
+    assert ModelVersionManager(repository).list_versions("m") == []

@@ -319,3 +319,11 @@ def test_a_damaged_backup_is_mended_from_a_remote_and_what_was_damaged_is_kept(m
     assert manager.verify() == []
     assert [p.name.startswith(dropped[0]) for p in (manager.root / ".proteus" / "quarantine").iterdir()] == [True]
     assert manager.restore_version("m", "1.0.0").version == "1.0.0"
+
+
+def test_a_model_whose_versions_are_all_deleted_is_verified_by_its_name(manager: ModelVersionManager):
+    manager.delete_version("m", "1.0.0")
+    manager.delete_version("m", "1.1.0", force=True)
+    assert manager.verify("m") == []
+    Backups(manager.root).path("m@v1.0.0").unlink()
+    assert [f.part for f in manager.verify("m")] == ["backup"]
