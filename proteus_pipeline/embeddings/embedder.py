@@ -238,7 +238,7 @@ class _Job:
         """Yield key, fp32 array, residues and tokens of each sequence as soon as its last window is done."""
         recipe = self.recipe
         layer = recipe.layer
-        outputs = Outputs(layers=(layer,), received=(layer,) if recipe.pooling == "attention" else ())
+        outputs = Outputs.to_pool(layer, recipe.pooling)
         parts, owners = [], []
         spans = {key: _spans(s, recipe) for key, s in missing.items()}
         for key, sequence in missing.items():

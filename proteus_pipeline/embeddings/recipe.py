@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from proteus_pipeline.errors import ConfigError
 from proteus_pipeline.identity import digests
-from proteus_pipeline.models.encoder import ENGINE_REVISION, NUMERICS, PRECISIONS
+from proteus_pipeline.models.encoder import ENGINE_REVISION, NUMERICS, PRECISIONS, Outputs
 from proteus_pipeline.models.pooling import POOLINGS
 
 STORED = ("fp32", "fp16", "bf16")
@@ -57,10 +57,7 @@ class Recipe:
             raise ConfigError(
                 f"layer {self.layer} is not resolved", "use Recipe with a layer from 0; see resolve_layer"
             )
-        if self.pooling == "attention" and self.layer == 0:
-            raise ConfigError(
-                "layer 0 is before any attention", "use another embedding.layer, or another embedding.pooling"
-            )
+        Outputs.to_pool(self.layer, self.pooling)  # an error here, and not when weights have been fetched
         if self.window and not 0 <= self.overlap < self.window:
             raise ConfigError(f"data.overlap is {self.overlap}", f"use 0 to {self.window - 1}, below data.max_length")
 

@@ -49,6 +49,15 @@ class Outputs:
     logits: bool = False
     contacts: bool = False
 
+    @classmethod
+    def to_pool(cls, layer: int, pooling: str) -> Outputs:
+        """Return what `proteus_pipeline.models.pooling.pool` needs of a layer; ConfigError where that can't be had."""
+        if pooling != "attention":
+            return cls(layers=(layer,))
+        if layer == 0:
+            raise ConfigError("layer 0 is before any attention", "use another layer, or another pooling")
+        return cls(layers=(layer,), received=(layer,))
+
 
 @dataclass(frozen=True)
 class Encoded:

@@ -55,8 +55,8 @@ _KEPT_IN_TRAINING = 1 - 0.15 * 0.8
 class _Pass:
     """One batch on its way through the blocks."""
 
-    indices: list[int]
     lengths: list[int]
+    rows: list[slice]
     x: torch.Tensor
     qkv: torch.Tensor
     context: torch.Tensor
@@ -64,12 +64,6 @@ class _Pass:
     kept: dict[int, torch.Tensor] = field(default_factory=dict)
     contacts: dict[int, torch.Tensor] = field(default_factory=dict)
     received: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
-
-    @property
-    def rows(self) -> list[slice]:
-        """Each sequence's rows."""
-        ends = np.cumsum(self.lengths).tolist()
-        return [slice(end - length, end) for end, length in zip(ends, self.lengths, strict=True)]
 
 
 class Esm2Encoder:
@@ -193,9 +187,9 @@ class Esm2Encoder:
 
         with torch.inference_mode():
             batch = self._start(sequences)
-            depth = self.architecture.layers if outputs.logits or outputs.contacts else 0
-            wanted = {*outputs.layers, *((self.architecture.layers,) if outputs.logits else ())}
-            depth = max([depth, *wanted, *outputs.received])
+            last = self.architecture.layers
+            wanted = {*outputs.layers, *((last,) if outputs.logits else ())}
+            depth = last if outputs.contacts else max((*wanted, *outputs.received), default=0)
             if 0 in wanted:
                 batch.kept[0] = batch.x.clone()  # what follows adds to it in place
             batch.x = batch.x.to(self.between)
@@ -227,7 +221,9 @@ class Esm2Encoder:
         place = torch.from_numpy(positions).to(self.device)
         frequencies = {block.frequencies for block in self._blocks}
         return _Pass(
-            list(range(len(ids))), lengths, x,
+            lengths,
+            [slice(end - length, end) for end, length in zip(np.cumsum(lengths).tolist(), lengths, strict=True)],
+            x,
             x.new_empty((len(tokens), 3 * a.width), dtype=self.between),
             x.new_zeros((len(tokens), a.width), dtype=self.between),
             {f: self._table(f, max(lengths))[place] for f in frequencies},
@@ -287,8 +283,8 @@ class Esm2Encoder:
                 self._contact_head.contacts(batch.contacts[i]).cpu().numpy() if outputs.contacts else None,
             )
 
-        share(finish, batch.indices)
-        return [done[i] for i in batch.indices]
+        share(finish, range(len(rows)))
+        return [done[i] for i in range(len(rows))]
 
     def _logits(self, hidden: torch.Tensor, rows: slice) -> NDArray[np.float32]:
         """Return one sequence's logits: its own shape, whatever its company."""

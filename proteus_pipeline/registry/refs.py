@@ -109,7 +109,7 @@ def _recover(git: Git, folder: Path) -> None:
         (folder / "packed-refs.new").unlink(missing_ok=True)
     entered = [ref for ref in made if ref.startswith(LEDGER)]
     # One that is there says that the others were to be: a ledger's entry comes first, and nothing goes before all have come.
-    if any(git.try_run("rev-parse", "--verify", "--quiet", ref) == made[ref] for ref in entered):
+    if any(oid == made[ref] for ref, oid in zip(entered, git.ids(entered), strict=True)):
         for ref, oid in made.items():
             if ref.startswith(("refs/tags/", LEDGER)):
                 git.try_run("update-ref", ref, oid, "")
@@ -203,7 +203,9 @@ def publish(
 
 
 def _existing(git: Git, refs: Iterable[str]) -> list[str]:
-    return [ref for ref in refs if git.try_run("rev-parse", "--verify", "--quiet", ref)]
+    """Return those of some refs that are there, in one git process."""
+    asked = list(refs)
+    return [ref for ref, oid in zip(asked, git.ids(asked), strict=True) if oid]
 
 
 @contextmanager

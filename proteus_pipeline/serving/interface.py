@@ -176,9 +176,7 @@ class ModelInterface:
         index = resolve_layer(layer, self.checkpoint.architecture.layers)
         if pooling not in POOLINGS:
             raise ConfigError(f"pooling is {pooling!r}", f"use one of {', '.join(POOLINGS)}")
-        if pooling == "attention" and index == 0:
-            raise ConfigError("layer 0 is before any attention", "use another layer, or another pooling")
-        outputs = Outputs(layers=(index,), received=(index,) if pooling == "attention" else ())
+        outputs = Outputs.to_pool(index, pooling)
         found = {
             i: finite(pool(e.hidden[index], pooling, e.received.get(index)), options.get("precision", "fp32"))
             for i, e in self.encoder(**options).compute(read, outputs)
