@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property, partial
 from inspect import signature
 from typing import TYPE_CHECKING, Any
@@ -26,13 +25,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from proteus_pipeline.errors import CacheMemoryError, ConfigError, ModelError
-from proteus_pipeline.models.attention import Heads, attend, attend_together, probabilities
+from proteus_pipeline.models.attention import attend, attend_together, probabilities
+from proteus_pipeline.models.blocks import Arithmetic, Batch, Block
 from proteus_pipeline.models.checkpoint import EMBEDDING, Checkpoint
-from proteus_pipeline.models.device import has_bf16, matmul_rate
 from proteus_pipeline.models.encoder import Encoded, Outputs
 from proteus_pipeline.models.heads import ContactHead, LanguageHead
 from proteus_pipeline.models.plan import plan_batches
-from proteus_pipeline.models.products import Bf16Product, Fp32Product, Product
 from proteus_pipeline.models.workers import Share, Workers, in_turn, workers
 
 if TYPE_CHECKING:
@@ -41,29 +39,12 @@ if TYPE_CHECKING:
 
     from proteus_pipeline.models.architecture import Architecture
 
-    Norm = Callable[[torch.Tensor], torch.Tensor]
-
 ROW_TILE = 256  # rows of a tile: 256 wastes little on short jobs, and a tile of 8M's widest matrix is 1.3 MB
 _BATCHES_EACH = 4
 _LEAST_TOKENS = 2 * ROW_TILE
 _GPU_TILE = 4096  # a GPU needs more rows at once to be busy
 # ESM-2 was trained with 15% of tokens chosen, 80% of those masked (esm/model/esm2.py).
 _KEPT_IN_TRAINING = 1 - 0.15 * 0.8
-
-
-@dataclass
-class _Pass:
-    """One batch on its way through the blocks."""
-
-    lengths: list[int]
-    rows: list[slice]
-    x: torch.Tensor
-    qkv: torch.Tensor
-    context: torch.Tensor
-    angles: dict[bytes, torch.Tensor]
-    kept: dict[int, torch.Tensor] = field(default_factory=dict)
-    contacts: dict[int, torch.Tensor] = field(default_factory=dict)
-    received: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
 
 
 class Esm2Encoder:
@@ -91,22 +72,15 @@ class Esm2Encoder:
         self._on_cpu = device == "cpu"
         self._checkpoint = checkpoint
         self._tile = ROW_TILE if self._on_cpu else _GPU_TILE
-        self._precision = precision
-        # Of what passes from one operation to the next. Rounding queries and keys to bf16 alone costs the real 8M weights a
-        # cosine of 0.998 in the worst residue; bf16 sums kept in fp32, and fp32 queries and keys, leave 0.9999 (measured).
-        self.between = torch.bfloat16 if precision == "bf16" else torch.float32
-        self._native = not self._on_cpu or has_bf16()
-        halves = {"fp32": torch.float32, "mixed": torch.float16, "bf16": torch.bfloat16}
-        attends = halves[precision] if not self._on_cpu else self.between if self._native else torch.float32
-        self._together = attends != torch.float32 and not self._on_cpu and _has_varlen(device)
-        self.heads = Heads(a.heads, a.head_width, attends)
+        self._arithmetic = Arithmetic(a, precision, device)
+        self.heads = self._arithmetic.heads
+        self._together = not self._on_cpu and self.heads.compute != torch.float32 and _has_varlen(device)
         self._tokens = _token_table(a)
         self._embedding = checkpoint.tensors[EMBEDDING].to(device, torch.float32)
-        self._norm_after = self.norm(checkpoint.tensors, "esm.encoder.emb_layer_norm_after")
-        self._blocks = [_Block(self, checkpoint.layer(i)) for i in range(a.layers)]
+        self._norm_after = self._arithmetic.norm(checkpoint.tensors, "esm.encoder.emb_layer_norm_after")
+        self._blocks = [Block(self._arithmetic, checkpoint.layer(i)) for i in range(a.layers)]
         self._tables: dict[bytes, torch.Tensor] = {}
         self._lock = threading.Lock()
-        self._scratch = threading.local()
 
     @cached_property
     def _language_head(self) -> LanguageHead:
@@ -192,7 +166,7 @@ class Esm2Encoder:
             depth = last if outputs.contacts else max((*wanted, *outputs.received), default=0)
             if 0 in wanted:
                 batch.kept[0] = batch.x.clone()  # what follows adds to it in place
-            batch.x = batch.x.to(self.between)
+            batch.x = batch.x.to(self._arithmetic.between)
             tiles = [slice(start, start + self._tile) for start in range(0, batch.x.shape[0], self._tile)]
             for number, block in enumerate(self._blocks[:depth], 1):
                 share(partial(block.project, batch), tiles)
@@ -202,7 +176,7 @@ class Esm2Encoder:
                     batch.kept[number] = self._layer(batch.x, number, tiles, share)
             return self._results(batch, outputs, share)
 
-    def _start(self, sequences: list[str]) -> _Pass:
+    def _start(self, sequences: list[str]) -> Batch:
         """Return a batch's token embeddings, rows padded to whole tiles, and room for what follows."""
         import torch
 
@@ -220,16 +194,16 @@ class Esm2Encoder:
             x *= _KEPT_IN_TRAINING
         place = torch.from_numpy(positions).to(self.device)
         frequencies = {block.frequencies for block in self._blocks}
-        return _Pass(
+        return Batch(
             lengths,
             [slice(end - length, end) for end, length in zip(np.cumsum(lengths).tolist(), lengths, strict=True)],
             x,
-            x.new_empty((len(tokens), 3 * a.width), dtype=self.between),
-            x.new_zeros((len(tokens), a.width), dtype=self.between),
+            x.new_empty((len(tokens), 3 * a.width), dtype=self._arithmetic.between),
+            x.new_zeros((len(tokens), a.width), dtype=self._arithmetic.between),
             {f: self._table(f, max(lengths))[place] for f in frequencies},
         )  # fmt: skip
 
-    def _attend(self, batch: _Pass, number: int, outputs: Outputs, share: Share[Any]) -> None:
+    def _attend(self, batch: Batch, number: int, outputs: Outputs, share: Share[Any]) -> None:
         """Fill a batch's context; on the way, take what is wanted of the probabilities of block `number`."""
         rows = batch.rows
         if not self._together:
@@ -241,7 +215,7 @@ class Esm2Encoder:
         if outputs.contacts or number in outputs.received:
             share(partial(self._look, batch, number, outputs), range(len(rows)))
 
-    def _look(self, batch: _Pass, number: int, outputs: Outputs, index: int) -> None:
+    def _look(self, batch: Batch, number: int, outputs: Outputs, index: int) -> None:
         """Take contacts and received attention of one sequence from block `number`, some heads at a time."""
         rows = batch.rows[index]
         length = batch.lengths[index] - 2
@@ -269,7 +243,7 @@ class Esm2Encoder:
         share(norm, tiles)
         return out
 
-    def _results(self, batch: _Pass, outputs: Outputs, share: Share[Any]) -> list[Encoded]:
+    def _results(self, batch: Batch, outputs: Outputs, share: Share[Any]) -> list[Encoded]:
         """Return each sequence's outputs as arrays of this machine's memory, and of their own."""
         rows = batch.rows
         hidden = {layer: batch.kept[layer].cpu().numpy() for layer in outputs.layers}
@@ -302,38 +276,7 @@ class Esm2Encoder:
 
     def peak(self) -> float:
         """Return the rate of one large matrix product here and now, in this precision, FLOP/s."""
-        import torch
-
-        half = self._precision != "fp32" and self._native
-        return matmul_rate(self.device, torch.bfloat16 if half else torch.float32)
-
-    def norm(self, tensors: object, name: str) -> Norm:
-        """Return a layer norm by its name."""
-        import torch
-
-        weight, bias = (tensors[f"{name}.{part}"].to(self.device, torch.float32) for part in ("weight", "bias"))  # type: ignore[index]
-        eps = float(self.architecture.layer_norm_eps)
-        return lambda x: torch.nn.functional.layer_norm(x, (x.shape[-1],), weight, bias, eps)
-
-    def product(self, weight: torch.Tensor, bias: torch.Tensor, *, exact: bool = False) -> Product:
-        """Return the product with a weight and a bias, in this encoder's precision, or in fp32 where `exact` can be had."""
-        import torch
-
-        # Copies: where a file is mapped, its tensors begin anywhere, and a BLAS library's bits may depend on it.
-        weight, bias = (t.to(self.device, torch.float32, copy=True) for t in (weight, bias))
-        if self._precision == "fp32" or (exact and self._precision == "mixed" and self._on_cpu):
-            return Fp32Product(weight, bias)
-        return Bf16Product(weight, bias, native=self._native)
-
-    def scratch(self, name: str, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
-        """Return this thread's buffer of a name, (rows, columns); what is in it is anything."""
-        import torch
-
-        known: torch.Tensor | None = getattr(self._scratch, name, None)
-        if known is None or known.shape[0] < rows:
-            known = torch.empty((rows, columns), dtype=dtype, device=self.device)
-            setattr(self._scratch, name, known)
-        return known[:rows]
+        return self._arithmetic.peak()
 
     def _table(self, frequencies: bytes, length: int) -> torch.Tensor:
         """Return cos + i sin of position times frequency, (at least `length`, D / 2) complex, once for each head.
@@ -354,77 +297,6 @@ class Esm2Encoder:
                 known = torch.from_numpy(np.tile(table, (1, self.architecture.heads))).to(self.device)
                 self._tables[frequencies] = known
         return known
-
-
-class _Block:
-    """One transformer block: what comes before its attention, and what comes after, for a tile of rows."""
-
-    def __init__(self, encoder: Esm2Encoder, tensors: dict[str, torch.Tensor]) -> None:
-        import torch
-
-        self._encoder = encoder
-        a = encoder.architecture
-        self._norm1 = encoder.norm(tensors, "attention.LayerNorm")
-        self._norm2 = encoder.norm(tensors, "LayerNorm")
-        # A head's row i and row i + head_width / 2 are rotated together: one becomes the real part, the other the imaginary.
-        pairs = torch.arange(a.width).view(a.heads, 2, a.head_width // 2).transpose(1, 2).reshape(-1)
-        parts = [
-            {p: tensors[f"attention.self.{n}.{p}"].float() for p in ("weight", "bias")}
-            for n in ("query", "key", "value")
-        ]
-        weight, bias = (torch.cat([parts[0][p][pairs], parts[1][p][pairs], parts[2][p]]) for p in ("weight", "bias"))
-        self._qkv = encoder.product(weight, bias, exact=True)
-        self._out = encoder.product(*_tensors(tensors, "attention.output.dense"))
-        up, up_bias = _tensors(tensors, "intermediate.dense")
-        down, down_bias = _tensors(tensors, "output.dense")
-        self._fp32 = encoder.between == torch.float32
-        # The weights bring x / sqrt(2), of which GELU's erf is taken.
-        root = 0.5**0.5 if self._fp32 else 1.0
-        self._up = encoder.product(up.float() * root, up_bias.float() * root)
-        self._down = encoder.product(down.float() * root, down_bias)
-        self.frequencies = tensors["attention.self.rotary_embeddings.inv_freq"].float().cpu().numpy().tobytes()
-
-    def project(self, batch: _Pass, rows: slice) -> None:
-        """Write a tile's queries and keys, rotated, and its values."""
-        import torch
-
-        width = self._encoder.architecture.width
-        qkv = self._qkv(self._norm1(batch.x[rows].float()), batch.qkv[rows])
-        rotated = qkv[:, : 2 * width].float()  # in fp32, qkv itself
-        pairs = torch.view_as_complex(rotated.view(-1, 2, width // 2, 2))
-        pairs *= batch.angles[self.frequencies][rows].unsqueeze(1)
-        if not self._fp32:
-            qkv[:, : 2 * width] = rotated
-
-    def finish(self, batch: _Pass, rows: slice) -> None:
-        """Add a tile's attention to its residual, and then what the feed-forward makes of it."""
-        import torch
-
-        e, x = self._encoder, batch.x[rows]
-        self._out.add_to(x, batch.context[rows])
-        wide = e.scratch("wide", x.shape[0], e.architecture.ffn_width, e.between)
-        self._up(self._norm2(x.float()), wide)
-        if self._fp32:
-            erf = torch.erf(wide, out=e.scratch("erf", wide.shape[0], wide.shape[1], wide.dtype))
-            torch.addcmul(wide, wide, erf, out=wide)
-        else:
-            wide = _gelu(wide)
-        self._down.add_to(x, wide)
-
-
-def _tensors(tensors: dict[str, torch.Tensor], name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    return tensors[f"{name}.weight"], tensors[f"{name}.bias"]
-
-
-def _gelu(x: torch.Tensor) -> torch.Tensor:
-    """Return GELU of bf16 numbers, computed in fp32."""
-    import torch
-
-    if x.is_cuda:
-        return torch.nn.functional.gelu(x)
-    # torch's fused CPU kernel has a coarser erf.
-    wide = x.float()
-    return (wide * 0.5).mul_((wide * 0.5**0.5).erf_().add_(1.0)).to(x.dtype)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

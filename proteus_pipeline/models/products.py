@@ -26,7 +26,7 @@ class Fp32Product:
     """In fp32."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
-        # Turned round in memory: BLAS would otherwise do that for every tile, at a twentieth of the time (measured, MKL).
+        # Turned round in memory: BLAS would otherwise do that for every tile, at some hundredths of the time (measured, MKL).
         self._weight, self._bias = weight.t().contiguous(), bias
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,6 @@ selected, and the headers shortened.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -189,9 +188,6 @@ def _embed(checkpoint: Checkpoint, device: str) -> list[Hidden]:
     sequences, last = list(panel().values()), checkpoint.architecture.layers
     encoder = make_encoder(checkpoint, precision="fp32", numerics="strict", device=device)
     done = {index: pool(hidden[last], "per_residue") for index, hidden in encoder.encode(sequences, [last])}
-    # The encoder and its blocks refer to each other: left to itself, it would still be there beside the next one.
-    del encoder
-    gc.collect()
     return [done[index] for index in range(len(sequences))]
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -15,10 +17,11 @@ from conftest import ROOT, make_checkpoint
 from proteus_pipeline.errors import ConfigError, ModelError
 from proteus_pipeline.identity import digests
 from proteus_pipeline.models.architecture import Architecture
+from proteus_pipeline.models.blocks import _gelu
 from proteus_pipeline.models.checkpoint import Checkpoint
 from proteus_pipeline.models.device import device_class, resolve_device
 from proteus_pipeline.models.encoder import Encoder, make_encoder
-from proteus_pipeline.models.esm2 import ROW_TILE, _gelu, _token_table
+from proteus_pipeline.models.esm2 import ROW_TILE, _token_table
 from proteus_pipeline.models.pooling import pool
 from proteus_pipeline.models.products import Fp32Product
 
@@ -259,3 +262,16 @@ def test_a_device_class_names_kind_instructions_and_vendor():
     assert kind == "cpu"
     assert len(rest) == 3
     assert all(rest)
+
+
+def test_an_encoder_that_nobody_holds_is_gone_at_once(tiny: Checkpoint):
+    """Two versions are compared one after the other: their copies of the weights need not be in memory at once."""
+    gc.disable()
+    try:
+        encoder = make_encoder(tiny)
+        list(encoder.encode(SHORT, [2]))
+        gone = weakref.ref(encoder)
+        del encoder
+        assert gone() is None
+    finally:
+        gc.enable()

@@ -1,0 +1,188 @@
+"""A transformer block of ESM-2 over packed rows, a tile at a time, and the precision that it computes in."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from proteus_pipeline.models.attention import Heads
+from proteus_pipeline.models.device import has_bf16, matmul_rate
+from proteus_pipeline.models.products import Bf16Product, Fp32Product, Product
+
+if TYPE_CHECKING:
+    import torch
+
+    from proteus_pipeline.models.architecture import Architecture
+
+    Norm = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass
+class Batch:
+    """One batch on its way through the blocks.
+
+    Attributes
+    ----------
+    lengths, rows
+        Tokens of each sequence, and where they lie.
+    x
+        (T, D), the residual.
+    qkv, context
+        (T, 3 D) and (T, D): what attention takes, and what it gives.
+    angles
+        (T, D / 2) complex rotations, by the bytes of the frequencies that a block has.
+    kept
+        (T, D) fp32 hidden states by layer, of those that are wanted.
+    contacts
+        (L, L) logits so far, by sequence.
+    received
+        (L,) attention received, by layer and sequence.
+
+    """
+
+    lengths: list[int]
+    rows: list[slice]
+    x: torch.Tensor
+    qkv: torch.Tensor
+    context: torch.Tensor
+    angles: dict[bytes, torch.Tensor]
+    kept: dict[int, torch.Tensor] = field(default_factory=dict)
+    contacts: dict[int, torch.Tensor] = field(default_factory=dict)
+    received: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
+
+
+class Arithmetic:
+    """What a precision means on a device: of which dtype numbers are, and by what they are multiplied.
+
+    Attributes
+    ----------
+    between
+        The dtype of what passes from one operation to the next.
+    heads
+        An architecture's heads, in the dtype that attention is computed in.
+
+    """
+
+    def __init__(self, architecture: Architecture, precision: str, device: str) -> None:
+        import torch
+
+        self.architecture = architecture
+        self.device = device
+        self._precision = precision
+        self._on_cpu = device == "cpu"
+        self._native = not self._on_cpu or has_bf16()
+        # Rounding queries and keys to bf16 alone costs the real 8M weights a cosine of 0.998 in the worst residue; bf16 sums
+        # kept in fp32, and fp32 queries and keys, leave 0.9999 (measured).
+        self.between = torch.bfloat16 if precision == "bf16" else torch.float32
+        halves = {"fp32": torch.float32, "mixed": torch.float16, "bf16": torch.bfloat16}
+        attends = halves[precision] if not self._on_cpu else self.between if self._native else torch.float32
+        self.heads = Heads(architecture.heads, architecture.head_width, attends)
+        self._scratch = threading.local()
+
+    def norm(self, tensors: Mapping[str, torch.Tensor], name: str) -> Norm:
+        """Return a layer norm by its name."""
+        import torch
+
+        weight, bias = (tensors[f"{name}.{part}"].to(self.device, torch.float32) for part in ("weight", "bias"))
+        eps = float(self.architecture.layer_norm_eps)
+        return lambda x: torch.nn.functional.layer_norm(x, (x.shape[-1],), weight, bias, eps)
+
+    def product(self, weight: torch.Tensor, bias: torch.Tensor, *, exact: bool = False) -> Product:
+        """Return the product with a weight and a bias, in this precision, or in fp32 where `exact` can be had."""
+        import torch
+
+        # Copies: where a file is mapped, its tensors begin anywhere, and a BLAS library's bits may depend on it.
+        weight, bias = (t.to(self.device, torch.float32, copy=True) for t in (weight, bias))
+        if self._precision == "fp32" or (exact and self._precision == "mixed" and self._on_cpu):
+            return Fp32Product(weight, bias)
+        return Bf16Product(weight, bias, native=self._native)
+
+    def scratch(self, name: str, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+        """Return this thread's buffer of a name, (rows, columns); what is in it is anything."""
+        import torch
+
+        known: torch.Tensor | None = getattr(self._scratch, name, None)
+        if known is None or known.shape[0] < rows:
+            known = torch.empty((rows, columns), dtype=dtype, device=self.device)
+            setattr(self._scratch, name, known)
+        return known[:rows]
+
+    def peak(self) -> float:
+        """Return the rate of one large matrix product here and now, in this precision, FLOP/s."""
+        import torch
+
+        half = self._precision != "fp32" and self._native
+        return matmul_rate(self.device, torch.bfloat16 if half else torch.float32)
+
+
+class Block:
+    """One transformer block: what comes before its attention, and what comes after, for a tile of rows."""
+
+    def __init__(self, arithmetic: Arithmetic, tensors: dict[str, torch.Tensor]) -> None:
+        import torch
+
+        self._arithmetic = arithmetic
+        a = arithmetic.architecture
+        self._norm1 = arithmetic.norm(tensors, "attention.LayerNorm")
+        self._norm2 = arithmetic.norm(tensors, "LayerNorm")
+        # A head's row i and row i + head_width / 2 are rotated together: one becomes the real part, the other the imaginary.
+        pairs = torch.arange(a.width).view(a.heads, 2, a.head_width // 2).transpose(1, 2).reshape(-1)
+        parts = [
+            {p: tensors[f"attention.self.{n}.{p}"].float() for p in ("weight", "bias")}
+            for n in ("query", "key", "value")
+        ]
+        weight, bias = (torch.cat([parts[0][p][pairs], parts[1][p][pairs], parts[2][p]]) for p in ("weight", "bias"))
+        self._qkv = arithmetic.product(weight, bias, exact=True)
+        self._out = arithmetic.product(*_tensors(tensors, "attention.output.dense"))
+        up, up_bias = _tensors(tensors, "intermediate.dense")
+        down, down_bias = _tensors(tensors, "output.dense")
+        self._fp32 = arithmetic.between == torch.float32
+        # The weights bring x / sqrt(2), of which GELU's erf is taken.
+        root = 0.5**0.5 if self._fp32 else 1.0
+        self._up = arithmetic.product(up.float() * root, up_bias.float() * root)
+        self._down = arithmetic.product(down.float() * root, down_bias)
+        self.frequencies = tensors["attention.self.rotary_embeddings.inv_freq"].float().cpu().numpy().tobytes()
+
+    def project(self, batch: Batch, rows: slice) -> None:
+        """Write a tile's queries and keys, rotated, and its values."""
+        import torch
+
+        width = self._arithmetic.architecture.width
+        qkv = self._qkv(self._norm1(batch.x[rows].float()), batch.qkv[rows])
+        rotated = qkv[:, : 2 * width].float()  # in fp32, qkv itself
+        pairs = torch.view_as_complex(rotated.view(-1, 2, width // 2, 2))
+        pairs *= batch.angles[self.frequencies][rows].unsqueeze(1)
+        if not self._fp32:
+            qkv[:, : 2 * width] = rotated
+
+    def finish(self, batch: Batch, rows: slice) -> None:
+        """Add a tile's attention to its residual, and then what the feed-forward makes of it."""
+        import torch
+
+        e, x = self._arithmetic, batch.x[rows]
+        self._out.add_to(x, batch.context[rows])
+        wide = e.scratch("wide", x.shape[0], e.architecture.ffn_width, e.between)
+        self._up(self._norm2(x.float()), wide)
+        if self._fp32:
+            erf = torch.erf(wide, out=e.scratch("erf", wide.shape[0], wide.shape[1], wide.dtype))
+            torch.addcmul(wide, wide, erf, out=wide)
+        else:
+            wide = _gelu(wide)
+        self._down.add_to(x, wide)
+
+
+def _tensors(tensors: dict[str, torch.Tensor], name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    return tensors[f"{name}.weight"], tensors[f"{name}.bias"]
+
+
+def _gelu(x: torch.Tensor) -> torch.Tensor:
+    """Return GELU of bf16 numbers, computed in fp32."""
+    import torch
+
+    if x.is_cuda:
+        return torch.nn.functional.gelu(x)
+    # torch's fused CPU kernel has a coarser erf.
+    wide = x.float()
+    return (wide * 0.5).mul_((wide * 0.5**0.5).erf_().add_(1.0)).to(x.dtype)
