@@ -331,15 +331,11 @@ class Verification:
                     yield self._backup_finding(backups, backup.reference, md5)
         for history in self._manager.histories(self._name or None):
             for reference in _backed_up(history):
-                if self._tag in {None, reference}:
-                    yield from self._promised(backups, reference)
-
-    def _promised(self, backups: Backups, reference: str) -> Iterator[Finding]:
-        """Look for the backup that a deletion speaks of."""
-        remedy = f"proteus model restore {reference} while its weights can be had, then delete it again"
-        if not backups.path(reference).exists():
-            what = f"{reference} was deleted with a backup, which is not here ({backups.path(reference)})"
-            yield Finding(reference, "backup", MISSING, what, f"{remedy}; the clone that deleted it has the backup")
+                if self._tag in {None, reference} and not backups.path(reference).exists():
+                    what = f"{reference} was deleted with a backup, which is not here ({backups.path(reference)})"
+                    remedy = f"proteus model restore {reference} while its weights can be had, then delete it again"
+                    elsewhere = "the clone that deleted it has the backup"
+                    yield Finding(reference, "backup", MISSING, what, f"{remedy}; {elsewhere}")
 
     def _backup_finding(self, backups: Backups, reference: str, md5: str) -> Finding:
         path = backups.objects.object(md5)

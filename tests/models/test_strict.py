@@ -17,7 +17,7 @@ from proteus_pipeline.models.checkpoint import Checkpoint
 from proteus_pipeline.models.encoder import Outputs, make_encoder
 from proteus_pipeline.models.reading import read_checkpoint
 
-TORTURE = os.environ.get("PROTEUS_TORTURE") == "1"
+COUNT, SHUFFLES = (200, 20) if os.environ.get("PROTEUS_TORTURE") == "1" else (10, 4)
 # All six layers in fp32; two of bf16, which is slow where a CPU has no instructions for it.
 LAYERS = {"fp32": 6, "mixed": 2, "bf16": 2}
 
@@ -49,24 +49,20 @@ def proteins_of(proteins: dict[str, str], count: int) -> list[str]:
     return (whole + [s[: len(s) // 2] for s in whole])[:: 200 // count]
 
 
+@pytest.mark.torture
 @pytest.mark.parametrize("precision", ["fp32", "mixed", "bf16"])
-@pytest.mark.parametrize(
-    ("count", "shuffles"), [(10, 4), pytest.param(200, 20, marks=pytest.mark.torture)], ids=["sample", "torture"]
-)
 def test_no_company_order_thread_or_process_changes_a_bit(
-    weights: Path, checkpoint: Checkpoint, proteins: dict[str, str], precision: str, count: int, shuffles: int
+    weights: Path, checkpoint: Checkpoint, proteins: dict[str, str], precision: str
 ):
-    if count == 200 and not TORTURE:
-        pytest.skip("make torture")
-    sequences = proteins_of(proteins, count)
-    assert len(sequences) == count
+    sequences = proteins_of(proteins, COUNT)
+    assert len(sequences) == COUNT
     alone = [bits(checkpoint, [s], precision, 2048, 1)[0] for s in sequences]
     rng = np.random.default_rng(0)
     exceptions = []
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(3, context) as processes:
-        for number in range(shuffles):
-            order = rng.permutation(count).tolist()
+        for number in range(SHUFFLES):
+            order = rng.permutation(COUNT).tolist()
             budget, threads = int(rng.integers(300, 6000)), 1 + number % 2
             shares = [order] if number % 4 < 2 else [order[i::3] for i in range(3)]
             if len(shares) == 1:
