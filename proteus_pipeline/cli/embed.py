@@ -17,7 +17,14 @@ def add_to(verbs: Any) -> None:
     this.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides, such as embedding.pooling=cls"
     )
-    this.add_argument("-o", "--output", type=Path, help="write the embeddings to a .npz file or a .zarr folder")
+    this.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="OUT",
+        help="write the embeddings too; OUT ends in .npz, .zarr, .parquet, .h5ad (AnnData, pooled only), .h5 (as"
+        " bio_embeddings) or .pt (a folder of ID.pt files, as fair-esm's extract.py)",
+    )
     this.add_argument("--json", action="store_true", help="print the counts as JSON")
     this.set_defaults(run=_run)
 

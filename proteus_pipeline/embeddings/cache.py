@@ -2,9 +2,11 @@
 
 Layout, under one folder::
 
-    seg/<time_ns>-<random>.zip     entries (segment.py)
-    index/<time_ns>-<random>.idx   what makes them visible (index.py)
-    uses.jsonl                     look-ups, one line a run
+    seg/<time_ns>-<random>.zip       entries (segment.py)
+    index/<time_ns>-<random>.idx     what makes them visible (index.py)
+    runs/<time_ns>-<random>.run      many indexes merged
+    events/<time_ns>-<random>.json   what hides them again (events.py)
+    uses.jsonl                       look-ups, one line a run (usage.py)
 
 A writer publishes a segment, then its index, each written beside its place, flushed and renamed. Names are unique, so
 writers need no lock; a key that two of them write is stored twice, and either entry is right.
@@ -12,66 +14,31 @@ writers need no lock; a key that two of them write is stored twice, and either e
 
 from __future__ import annotations
 
-import datetime as dt
-import json
 import logging
-import os
-import secrets
-import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from proteus_pipeline.embeddings import index as index_file
-from proteus_pipeline.embeddings import segment as segment_file
-from proteus_pipeline.embeddings.index import Attestation, Index, SegmentHeader
+from proteus_pipeline.embeddings.index import Attestation
+from proteus_pipeline.embeddings.publication import Publication, check_entry
+from proteus_pipeline.embeddings.reading import Reader, ahead
 from proteus_pipeline.embeddings.recipe import Recipe
-from proteus_pipeline.embeddings.segment import Placed
-from proteus_pipeline.embeddings.stored import NUMPY_DTYPES, content_hash, to_fp32
+from proteus_pipeline.embeddings.stored import NUMPY_DTYPES, to_fp32
+from proteus_pipeline.embeddings.usage import record_use, uses
+from proteus_pipeline.embeddings.visible import Entry, Found, Visible
 from proteus_pipeline.errors import ConfigError, IntegrityError, StorageError
-from proteus_pipeline.stores.files import atomic_path, storage_error, write_atomic
+from proteus_pipeline.stores.store import LocalStore
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 ACCEPT = ("any", "same_class")
+# Below this, starting threads takes longer than they save.
+_WORTH_THREADS = 8 << 20
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One stored embedding: what a manifest says of it, and where it lies.
-
-    Attributes
-    ----------
-    key
-        32 hexadecimal digits.
-    shape
-        (L, D) or (D,).
-    stored
-        ``fp32``, ``fp16`` or ``bf16``.
-    content
-        The content hash.
-    device_class
-        Where it was computed.
-    seconds
-        What it took, by its share of its segment's tokens.
-
-    """
-
-    key: str
-    shape: tuple[int, ...]
-    stored: str
-    content: str
-    device_class: str
-    seconds: float
-    segment: str
-    offset: int
-    nbytes: int
-    row: int
 
 
 class EmbeddingCache:
@@ -86,6 +53,8 @@ class EmbeddingCache:
         those of this machine's class are.
     device_class
         Returns this machine's class; called only where entries differ in theirs.
+    shared
+        Another cache's folder, beneath this one: read where this one lacks an entry, and never written.
 
     Raises
     ------
@@ -94,58 +63,74 @@ class EmbeddingCache:
 
     """
 
-    def __init__(self, path: Path | str, *, accept: str = "any", device_class: Callable[[], str] | None = None) -> None:
+    def __init__(
+        self,
+        path: Path | str,
+        *,
+        accept: str = "any",
+        device_class: Callable[[], str] | None = None,
+        shared: Path | str | None = None,
+    ) -> None:
         if accept not in ACCEPT:
             raise ConfigError(f"cache.accept is {accept!r}", f"use one of {', '.join(ACCEPT)}")
         self.path = Path(path)
+        self.store = LocalStore(self.path)
+        self.visible = Visible(self.store)
         self._accept = accept
         self._device_class = device_class or _this_device_class
-        self._indexes: dict[str, Index | None] = {}
+        self._beneath = LocalStore(shared) if shared else None
+        self._visible_beneath = Visible(self._beneath, self.visible) if self._beneath else None
+        self._reader = Reader([self.store, *([self._beneath] if self._beneath else [])])
 
     def refresh(self) -> None:
-        """See the segments that other processes published since, and forget those that are gone."""
-        folder = self.path / "index"
-        try:
-            names = {p.name for p in folder.iterdir() if p.suffix == ".idx" and not p.name.startswith(".")}
-        except FileNotFoundError:
-            names = set()
-        except OSError as error:
-            raise storage_error("read", folder, error) from error
-        for name in self._indexes.keys() - names:
-            del self._indexes[name]
-        for name in sorted(names - self._indexes.keys()):
-            try:
-                self._indexes[name] = Index.read(folder / name)
-            except FileNotFoundError:
-                continue
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                _log.warning("%s", error)
-                self._indexes[name] = None  # warned of once
+        """See the segments that other processes published since, and forget those that are gone.
+
+        Raises
+        ------
+        IntegrityError
+            When an event is damaged, so that what it hides is not known.
+        StorageError
+            When the folder can't be read.
+
+        """
+        self.visible.refresh()
+        if self._visible_beneath:
+            self._visible_beneath.refresh()
+
+    def look_up(self, keys: Sequence[str]) -> list[Found]:
+        """Return what this cache, and the shared one beneath it, have of some keys; nothing is read.
+
+        Parameters
+        ----------
+        keys
+            Each once.
+
+        """
+        self.refresh()
+        only = self._accept == "same_class"
+        found = [self.visible.find(keys, mine=self._device_class, only_mine=only)]
+        if self._visible_beneath:
+            rest = found[0].missing()
+            found.append(self._visible_beneath.find(rest, mine=self._device_class, only_mine=only))
+        return found
 
     def candidates(self, keys: Sequence[str]) -> dict[str, list[Entry]]:
         """Return the acceptable entries of each key that has any, the best first: own class, then the newest."""
-        self.refresh()
-        found: dict[str, list[Entry]] = {}
-        if not keys:
-            return found
-        wanted = index_file.key_array(list(keys))
-        for name in sorted(self._indexes, reverse=True):
-            index = self._indexes[name]
-            if index is None:
-                continue
-            for position, row in enumerate(index.find(wanted)):
-                if row >= 0:
-                    found.setdefault(keys[position], []).append(_entry(keys[position], index, int(row)))
-        if self._accept == "any" and all(len({e.device_class for e in entries}) == 1 for entries in found.values()):
-            return found
-        mine = self._device_class()
-        if self._accept == "same_class":
-            kept = {key: [e for e in entries if e.device_class == mine] for key, entries in found.items()}
-            return {key: entries for key, entries in kept.items() if entries}
-        return {key: sorted(entries, key=lambda e: e.device_class != mine) for key, entries in found.items()}
+        by_key: dict[str, list[Entry]] = {}
+        for found in self.look_up(list(dict.fromkeys(keys))):
+            for entry in found.entries():
+                by_key.setdefault(entry.key, []).append(entry)
+        return by_key
 
-    def read(self, entry: Entry) -> NDArray[np.generic]:
+    def read(self, entry: Entry, residues: slice | None = None) -> NDArray[np.generic]:
         """Return an entry's array in its stored dtype, checked against its checksum and its content hash.
+
+        Parameters
+        ----------
+        entry
+            Of this cache.
+        residues
+            Of a per-residue entry, the residues wanted; all where None.
 
         Raises
         ------
@@ -155,36 +140,127 @@ class EmbeddingCache:
             When they are gone or can't be read.
 
         """
-        path = self.path / "seg" / entry.segment
-        try:
-            with path.open("rb", buffering=0) as file:
-                data = os.pread(file.fileno(), entry.nbytes, entry.offset)
-        except OSError as error:
-            raise storage_error("read", path, error) from error
-        pooled = len(entry.shape) == 1
-        rows = segment_file.ROWS_PER_CHUNK if pooled else entry.shape[0]
-        chunk = segment_file.decode_chunk(data, entry.stored, entry.shape[-1], rows, str(path))
-        array = chunk[entry.row] if pooled else chunk
-        if content_hash(array, entry.stored) != entry.content:
-            raise IntegrityError(f"entry {entry.key} in {path} is not what its index says", "it is computed again")
-        return array
+        array = self._reader.array(entry)
+        return array if residues is None else array[residues]
+
+    def read_start(self, entry: Entry) -> NDArray[np.generic] | None:
+        """Return the start token's vector of a per-residue entry, (D,) in its stored dtype; None where it is not known.
+
+        Raises
+        ------
+        IntegrityError
+            When the bytes are not what was written.
+        StorageError
+            When they are gone or can't be read.
+
+        """
+        header = self.visible.header(entry.segment)
+        if header is None and self._visible_beneath:
+            header = self._visible_beneath.header(entry.segment)
+        return self._reader.start(entry, header) if header else None
 
     def find(self, keys: Iterable[str]) -> Iterator[tuple[Entry, NDArray[np.generic]]]:
-        """Yield the first sound entry of each key that has one, with its array; damaged ones are warned of."""
-        unique = list(dict.fromkeys(keys))
-        for entries in self.candidates(unique).values():
-            for entry in entries:
-                try:
-                    array = self.read(entry)
-                except StorageError as error:
-                    _log.warning("%s", error)
-                    continue
-                yield entry, array
-                break
+        """Yield the first sound entry of each key that has one, with its array, in the order of the keys.
 
-    def get(self, key: str) -> NDArray[np.float32] | None:
-        """Return one embedding as fp32, (L, D) or (D,), or None."""
-        return next((to_fp32(array, entry.stored) for entry, array in self.find([key])), None)
+        Damaged ones are warned of, and passed over.
+        """
+        unique = list(dict.fromkeys(keys))
+        by_key = self.candidates(unique)
+        found = [by_key[key] for key in unique if key in by_key]
+        if sum(entries[0].nbytes for entries in found) > _WORTH_THREADS:
+            yield from filter(None, ahead(self._first_sound, found))
+        else:
+            yield from filter(None, map(self._first_sound, found))
+
+    def _first_sound(self, entries: Sequence[Entry]) -> tuple[Entry, NDArray[np.generic]] | None:
+        for entry in entries:
+            try:
+                return entry, self._reader.array(entry)
+            except StorageError as error:
+                _log.warning("%s", error)
+        return None
+
+    def get(self, key: str, residues: slice | None = None) -> NDArray[np.float32] | None:
+        """Return one embedding as fp32, (L, D) or (D,), or None.
+
+        Parameters
+        ----------
+        key
+            Its embedding key.
+        residues
+            Of a per-residue embedding, the residues wanted; all where None.
+
+        """
+        found = self.find_one(key)
+        if found is None:
+            return None
+        entry, array = found
+        return to_fp32(array if residues is None else array[residues], entry.stored)
+
+    def find_one(self, key: str) -> tuple[Entry, NDArray[np.generic]] | None:
+        """Return one key's entry and its array in the stored dtype, or None: what `find` yields, for one key at once."""
+        if self._accept == "any":
+            # For one key, what was seen last will do: an entry never changes, and only what hides it must be asked for.
+            self.visible.refresh_events()
+            entry = self.visible.find_one(key)
+            if entry is not None:
+                try:
+                    return entry, self._reader.array(entry)
+                except StorageError:
+                    pass  # there may be another
+        return next(self.find([key]), None)
+
+    def vectors(self, keys: Sequence[str]) -> NDArray[np.generic]:
+        """Return many pooled embeddings in their stored dtype, (N, D), in the order of the keys.
+
+        Raises
+        ------
+        StorageError
+            When one is not here.
+        IntegrityError
+            When one is here, and damaged wherever it is stored.
+        ConfigError
+            When they are not of one width and dtype.
+
+        """
+        unique = list(dict.fromkeys(keys))
+        parts = self.look_up(unique)
+        kinds = {(h.stored, h.width, h.layout) for part in parts for h in part.headers()}
+        if len(kinds) != 1 or next(iter(kinds))[2] != "pooled":
+            raise ConfigError(f"embeddings of {len(kinds)} kinds make no table", "ask for pooled ones of one recipe")
+        ((stored, width, _),) = kinds
+        table = np.empty((len(unique), width), dtype=NUMPY_DTYPES[stored])
+        places = {key: i for i, key in enumerate(unique)}
+        left = np.ones(len(unique), dtype=bool)
+        for part in parts:
+            for segment, some, offsets, contents in part.places():
+                rows = [places[key] for key in some]
+                read = np.empty((len(rows), width), dtype=table.dtype)
+                for bad in self._reader.rows(segment, offsets, contents, read):
+                    read[bad] = self._sound(some[bad])
+                table[rows] = read
+                left[rows] = False
+        if left.any():
+            gone = unique[int(np.argmax(left))]
+            raise StorageError(f"{gone} and {left.sum() - 1} others are not in {self.path}", "compute them")
+        return table if len(unique) == len(keys) else table[[places[key] for key in keys]]
+
+    def _sound(self, key: str) -> NDArray[np.generic]:
+        """Return a key's array from whichever entry of it is sound."""
+        for _, array in self.find([key]):
+            return array
+        raise IntegrityError(f"entry {key} in {self.path} is damaged", "run: proteus cache verify --repair")
+
+    def begin(self, trunk: str, recipe: Recipe) -> Publication:
+        """Begin a segment of entries by some weights and a recipe.
+
+        Raises
+        ------
+        StorageError
+            When it can't be written here.
+
+        """
+        return Publication(self.store, trunk, recipe)
 
     def publish(
         self,
@@ -201,7 +277,7 @@ class EmbeddingCache:
         Parameters
         ----------
         keys
-            Embedding keys.
+            Embedding keys, each once.
         arrays
             In the recipe's stored dtype, all (L, D) or all (D,).
         lengths
@@ -219,120 +295,50 @@ class EmbeddingCache:
             When keys, arrays and lengths do not fit each other or the recipe; nothing is written.
 
         """
-        _check_entries(keys, arrays, lengths, recipe)
-        name = f"{time.time_ns():020d}-{secrets.token_hex(6)}"
-        described = recipe.identity(0) | {"windows": [recipe.window, recipe.overlap]}
-        attributes = {"format": segment_file.FORMAT, "trunk": trunk, "recipe": described, "stored": recipe.stored}
-        attributes["attestation"] = asdict(attestation)
-        target = self.path / "seg" / f"{name}.zip"
-        with atomic_path(target) as temporary:
-            try:
-                placed = segment_file.write_segment(temporary, keys, arrays, recipe.stored, {"proteus": attributes})
-                nbytes = temporary.stat().st_size
-            except OSError as error:
-                raise storage_error("write", target, error) from error
-        records = _records(keys, arrays, lengths, placed, recipe.stored)
-        layout, width = "pooled" if arrays[0].ndim == 1 else "per_residue", arrays[0].shape[-1]
-        header = SegmentHeader(
-            target.name, nbytes, layout, recipe.stored, width, trunk, described, attestation, len(keys)
-        )
-        visible = self.path / "index" / f"{name}.idx"
+        if not keys or not len(keys) == len(arrays) == len(lengths):
+            raise ValueError(f"{len(keys)} keys, {len(arrays)} arrays and {len(lengths)} lengths make no segment")
+        if len(set(keys)) != len(keys):
+            raise ValueError("a segment holds each key once")
+        for key, array, length in zip(keys, arrays, lengths, strict=True):
+            check_entry(recipe, key, array, length, arrays[0].shape[-1])
+        publication = self.begin(trunk, recipe)
         try:
-            write_atomic(visible, index_file.encode_index(header, records))
-        except StorageError:
-            if not visible.exists():  # its folder's flush may have failed after it appeared
-                target.unlink(missing_ok=True)
-            raise
+            for key, array, length in zip(keys, arrays, lengths, strict=True):
+                publication.add(key, array, length)
+            publication.publish(attestation)
+        finally:
+            publication.discard()
+        self.tidy()
 
-    def record_use(self, hits: int, derived: int, misses: int) -> None:
-        """Add a run's look-ups to the cache's own account."""
-        when = dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
-        line = json.dumps({"time": when, "hits": hits, "derived": derived, "misses": misses}) + "\n"
+    def tidy(self) -> None:
+        """Merge index files where there are many; whoever publishes calls it, and it may fail without harm."""
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            # One short write to a file opened for appending: lines of several processes do not mix.
-            with (self.path / "uses.jsonl").open("ab", buffering=0) as file:
-                file.write(line.encode())
-        except OSError as error:
-            _log.warning("%s", storage_error("write", self.path / "uses.jsonl", error))
+            self.refresh()
+            if self.visible.merge_due():
+                self.visible.merge()
+        except StorageError as error:
+            _log.warning("%s", error)
+
+    def record_use(self, hits: int, derived: int, misses: int, read: Iterable[Entry] = ()) -> None:
+        """Add a run's look-ups to the cache's own account, with the entries that it read."""
+        record_use(self.path, hits, derived, misses, Counter(entry.segment for entry in read))
 
     def stats(self) -> dict[str, int]:
         """Return entries, segments, bytes on disk, raw_bytes they decode to, and hits, derived, misses so far."""
         self.refresh()
-        indexes = [i for i in self._indexes.values() if i is not None]
-        raw = 0
-        for i in indexes:
-            rows = int(i.records["length"].sum()) if i.header.layout == "per_residue" else len(i.records)
-            raw += rows * i.header.width * NUMPY_DTYPES[i.header.stored].itemsize
-        uses = {"hits": 0, "derived": 0, "misses": 0}
-        for line in self._uses():
-            for field in uses:
-                uses[field] += int(line.get(field, 0))
-        return {
-            "entries": sum(len(i.records) for i in indexes),
-            "segments": len(indexes),
-            "bytes": sum(i.header.segment_bytes + i.path.stat().st_size for i in indexes),
-            "raw_bytes": raw,
-            **uses,
-        }
-
-    def _uses(self) -> Iterator[dict[str, int]]:
-        path = self.path / "uses.jsonl"
-        if not path.exists():
-            return
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                value = json.loads(line)
-            except ValueError:
-                continue  # a line cut short by a crash
-            if isinstance(value, dict):
-                yield value
-
-
-def _check_entries(
-    keys: Sequence[str], arrays: Sequence[NDArray[np.generic]], lengths: Sequence[int], recipe: Recipe
-) -> None:
-    if not keys or not len(keys) == len(arrays) == len(lengths):
-        raise ValueError(f"{len(keys)} keys, {len(arrays)} arrays and {len(lengths)} lengths make no segment")
-    if len(set(keys)) != len(keys):
-        raise ValueError("a segment holds each key once")
-    rows = recipe.pooling == "per_residue"
-    width = arrays[0].shape[-1:]
-    for key, array, length in zip(keys, arrays, lengths, strict=True):
-        if array.dtype != NUMPY_DTYPES[recipe.stored] or array.shape != ((length, *width) if rows else width):
-            shown = f"{array.dtype} {array.shape}"
-            raise ValueError(f"{shown} is no {recipe.pooling} array of {length} residues in {recipe.stored} ({key})")
-
-
-def _records(
-    keys: Sequence[str],
-    arrays: Sequence[NDArray[np.generic]],
-    lengths: Sequence[int],
-    placed: Sequence[Placed],
-    stored: str,
-) -> NDArray[np.void]:
-    """Return what the index says of each entry, in the order given."""
-    records = np.zeros(len(keys), dtype=index_file.RECORD)
-    pairs = index_file.key_array(list(keys))
-    records["key_high"], records["key_low"] = pairs["high"], pairs["low"]
-    for column in ("offset", "nbytes", "row"):
-        records[column] = [getattr(p, column) for p in placed]
-    records["length"] = lengths
-    hashes = b"".join(bytes.fromhex(content_hash(a, stored)) for a in arrays)
-    records["content"] = np.frombuffer(hashes, dtype="V16")
-    return records
-
-
-def _entry(key: str, index: Index, row: int) -> Entry:
-    record, header = index.records[row], index.header
-    length = int(record["length"])
-    shape = (length, header.width) if header.layout == "per_residue" else (header.width,)
-    a = header.attestation
-    seconds = a.seconds * (length + 2) / a.tokens if a.tokens else 0.0
-    return Entry(
-        key, shape, header.stored, bytes(record["content"]).hex(), a.device_class, seconds,
-        header.segment, int(record["offset"]), int(record["nbytes"]), int(record["row"]),
-    )  # fmt: skip
+        raw = entries = on_disk = 0
+        segments = self.visible.segments()
+        for index in self.visible.indexes:
+            on_disk += index.nbytes
+        lengths = self.visible.residues()
+        for header in segments.values():
+            rows = lengths[header.segment] if header.layout == "per_residue" else header.entries
+            raw += rows * header.width * NUMPY_DTYPES[header.stored].itemsize
+            entries += header.entries
+            on_disk += header.segment_bytes
+        used = list(uses(self.path))
+        counts = {field: sum(getattr(use, field) for use in used) for field in ("hits", "derived", "misses")}
+        return {"entries": entries, "segments": len(segments), "bytes": on_disk, "raw_bytes": raw, **counts}
 
 
 def _this_device_class() -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import datetime as dt
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -12,9 +13,11 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import numpy as np
 
 from proteus_pipeline.embeddings.cache import EmbeddingCache
+from proteus_pipeline.embeddings.deriving import derive
 from proteus_pipeline.embeddings.index import Attestation
+from proteus_pipeline.embeddings.publication import Publication
 from proteus_pipeline.embeddings.recipe import Recipe, windows
-from proteus_pipeline.embeddings.stored import content_hash, to_stored
+from proteus_pipeline.embeddings.stored import to_stored
 from proteus_pipeline.errors import StorageError
 from proteus_pipeline.models.encoder import Outputs
 from proteus_pipeline.models.pooling import finite, pool, pool_residues
@@ -22,11 +25,16 @@ from proteus_pipeline.models.pooling import finite, pool, pool_residues
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from proteus_pipeline.embeddings.visible import Entry
     from proteus_pipeline.models.encoder import Encoder
 
+    _Window = tuple[NDArray[np.float32], NDArray[np.float32] | None]
+
 # A crash loses what is not yet published: at most this many bytes, or this many seconds of work.
-PUBLISH_BYTES = 64 << 20
+PUBLISH_BYTES = 128 << 20
 PUBLISH_SECONDS = 60.0
+# Computed and not yet written: beyond this the encoder waits for the disk.
+_QUEUE_BYTES = 16 << 20
 # Measuring what the machine could do takes half a second.
 _WORTH_MEASURING = 50_000
 
@@ -93,26 +101,47 @@ class Outcome:
 
 
 class _Computed(NamedTuple):
-    """One embedding in its stored dtype, with the residues and the tokens of its sequence."""
+    """One embedding in its stored dtype, with the start token's vector, and the residues and tokens of its sequence."""
 
     key: str
     array: NDArray[np.generic]
+    start: NDArray[np.generic] | None
     length: int
     tokens: int
 
 
 @dataclass
-class _Pending:
-    """Computed, and not yet published: one list, so that Ctrl-C never finds an entry half noted."""
+class _Lot:
+    """A segment in the making: noted by the thread that computes, written and published by another.
 
-    entries: list[_Computed] = field(default_factory=list)
+    What is noted is in one place until it is written, so that Ctrl-C never finds an entry half noted.
+    """
+
+    waiting: deque[_Computed] = field(default_factory=deque)
+    publication: Publication | None = None
     since: float = field(default_factory=time.perf_counter)
+    noted_bytes: int = 0
+    written_bytes: int = 0
+    tokens: int = 0
     published: bool = False
+
+    def note(self, computed: _Computed) -> None:
+        self.noted_bytes += computed.array.nbytes
+        self.waiting.append(computed)
+
+    def close(self) -> None:
+        """Leave nothing behind of a segment that was not published."""
+        if self.publication:
+            self.publication.discard()
+
+    @property
+    def backlog(self) -> int:
+        return self.noted_bytes - self.written_bytes
 
     @property
     def due(self) -> bool:
-        size = sum(e.array.nbytes for e in self.entries[-1:]) * len(self.entries)
-        return size >= PUBLISH_BYTES or time.perf_counter() - self.since >= PUBLISH_SECONDS
+        late = time.perf_counter() - self.since >= PUBLISH_SECONDS
+        return self.noted_bytes >= PUBLISH_BYTES or (late and bool(self.noted_bytes))
 
 
 def embed(
@@ -158,27 +187,57 @@ def embed(
     found = [entry for entry, _ in cache.find(by_key)]
     done = {e.key: Embedded(e.key, e.shape, e.stored, e.content) for e in found}
     missing = {key: s for key, s in by_key.items() if key not in done}
+    read = [*found, *(_derive(cache, trunk, recipe, missing, done) if missing else ())]
+    missing = {key: s for key, s in missing.items() if key not in done}
     tokens = sum(_tokens(_spans(s, recipe)) for s in missing.values())
     if missing:
         job = _Job(trunk, recipe, cache, encoder(), attest(), token_budget, progress)
         if progress:
             peak = job.encoder.peak() if tokens >= _WORTH_MEASURING else 0.0
-            progress.start(len(by_key), len(found), tokens, peak)
+            progress.start(len(by_key), len(read), tokens, peak)
         job.run(missing, done)
     elif progress:
-        progress.start(len(by_key), len(found), 0, 0.0)
-    cache.record_use(len(found), 0, len(missing))
+        progress.start(len(by_key), len(read), 0, 0.0)
+    derived = len(read) - len(found)
+    cache.record_use(len(found), derived, len(missing), read)
     return Outcome(
         tuple(done[key] for key in keys),
         sequences=len(sequences),
         unique=len(by_key),
         hits=len(found),
-        derived=0,
+        derived=derived,
         computed=len(missing),
         tokens=tokens,
         seconds=time.perf_counter() - started,
-        saved_seconds=sum(e.seconds for e in found),
+        saved_seconds=sum(e.seconds for e in read),
     )
+
+
+def _derive(
+    cache: EmbeddingCache, trunk: str, recipe: Recipe, missing: dict[str, str], done: dict[str, Embedded]
+) -> list[Entry]:
+    """Publish what can be derived of what is missing, and return the entries that it was derived from."""
+    publications: dict[str, Publication] = {}
+    read: dict[str, list[Entry]] = {}
+    try:
+        for key, array, start, source in derive(cache, trunk, recipe, missing):
+            device_class = source.device_class
+            if device_class not in publications:
+                publications[device_class] = cache.begin(trunk, recipe)
+            content = publications[device_class].add(key, array, source.length, start)
+            done[key] = Embedded(key, array.shape, recipe.stored, content)
+            read.setdefault(device_class, []).append(source)
+        for device_class, publication in publications.items():
+            # It took, and would take again, what its sources took.
+            seconds = sum(e.seconds for e in read[device_class])
+            tokens = sum(e.length + 2 for e in read[device_class])
+            publication.publish(Attestation(device_class, "", _now(), round(seconds, 6), tokens, "derived"))
+    finally:
+        for publication in publications.values():
+            publication.discard()
+    if publications:
+        cache.tidy()
+    return [entry for entries in read.values() for entry in entries]
 
 
 @dataclass
@@ -192,50 +251,55 @@ class _Job:
     progress: Progress | None
 
     def run(self, missing: dict[str, str], done: dict[str, Embedded]) -> None:
-        lots = [_Pending()]
+        lots = [_Lot()]
         # Compression and the disk have a thread of their own, so that neither holds the encoder; one lot at a time.
         with ThreadPoolExecutor(1, "publisher") as publisher:
-            flying: Future[None] | None = None
+            flying: deque[Future[None]] = deque()
             try:
-                for key, array, length, tokens in self._compute(missing):
-                    stored = to_stored(finite(array, self.recipe.precision), self.recipe.stored)
-                    done[key] = Embedded(
-                        key, stored.shape, self.recipe.stored, content_hash(stored, self.recipe.stored)
-                    )
-                    lots[-1].entries.append(_Computed(key, stored, length, tokens))
+                for computed in self._compute(missing):
+                    lots[-1].note(computed)
                     if self.progress:
-                        self.progress.advance(1, tokens, self._flops(missing[key]))
+                        self.progress.advance(1, computed.tokens, self._flops(missing[computed.key]))
+                    full = lots[-1].due or lots[-1].backlog > _QUEUE_BYTES
+                    while flying and (full or flying[0].done()):
+                        flying.popleft().result()
                     if lots[-1].due:
-                        if flying:
-                            flying.result()
-                        lots[:-1] = []
-                        lots.append(_Pending())
-                        flying = publisher.submit(self._publish, lots[0])
-                if flying:
-                    flying.result()
-                self._publish_all(lots)
+                        lots[:] = [lots[-1], _Lot()]
+                        flying.append(publisher.submit(self._publish, lots[0], done))
+                    else:
+                        flying.append(publisher.submit(self._write, lots[-1], done))
+                for future in flying:
+                    future.result()
+                self._publish_all(lots, done)
             except BaseException as error:
-                # Ctrl-C or an error, in publishing too: what is finished is kept. An entry published twice does no harm.
-                try:
-                    if flying:
-                        wait([flying])
-                finally:
-                    try:
-                        self._publish_all(lots)
-                    except StorageError as failed:
-                        error.add_note(f"and what was finished could not be kept: {failed}")
+                self._keep(flying, lots, done, error)
                 raise
+            finally:
+                for lot in lots:
+                    lot.close()
 
-    def _publish_all(self, lots: list[_Pending]) -> None:
+    def _keep(
+        self, flying: Iterable[Future[None]], lots: list[_Lot], done: dict[str, Embedded], error: BaseException
+    ) -> None:
+        """Publish what is finished, after Ctrl-C or an error, in publishing too. An entry published twice does no harm."""
+        try:
+            wait(list(flying))
+        finally:
+            try:
+                self._publish_all(lots, done)
+            except StorageError as failed:
+                error.add_note(f"and what was finished could not be kept: {failed}")
+
+    def _publish_all(self, lots: list[_Lot], done: dict[str, Embedded]) -> None:
         for lot in lots:
-            if lot.entries and not lot.published:
-                self._publish(lot)
+            if not lot.published:
+                self._publish(lot, done)
 
     def _flops(self, sequence: str) -> float:
         return sum(self.encoder.flops(end - start) for start, end in _spans(sequence, self.recipe))
 
-    def _compute(self, missing: dict[str, str]) -> Iterator[tuple[str, NDArray[np.float32], int, int]]:
-        """Yield key, fp32 array, residues and tokens of each sequence as soon as its last window is done."""
+    def _compute(self, missing: dict[str, str]) -> Iterator[_Computed]:
+        """Yield each sequence's embedding as soon as its last window is done."""
         recipe = self.recipe
         layer = recipe.layer
         outputs = Outputs.to_pool(layer, recipe.pooling)
@@ -245,37 +309,54 @@ class _Job:
             for number, (start, end) in enumerate(spans[key]):
                 parts.append(sequence[start:end])
                 owners.append((key, number))
-        waiting: dict[str, dict[int, tuple[NDArray[np.float32], NDArray[np.float32] | None]]] = {}
+        waiting: dict[str, dict[int, _Window]] = {}
         for index, encoded in self.encoder.compute(parts, outputs, self.token_budget):
             key, number = owners[index]
-            length = len(missing[key])
-            hidden, received = encoded.hidden[layer], encoded.received.get(layer)
+            window = encoded.hidden[layer], encoded.received.get(layer)
             if len(spans[key]) == 1:
-                yield key, pool(hidden, recipe.pooling, received), length, length + 2
+                yield self._stored(key, spans[key], [window])
                 continue
-            waiting.setdefault(key, {})[number] = hidden, received
+            waiting.setdefault(key, {})[number] = window
             if len(waiting[key]) == len(spans[key]):
                 windowed = waiting.pop(key)
-                yield key, _merge(windowed, spans[key], recipe.pooling), length, _tokens(spans[key])
+                yield self._stored(key, spans[key], [windowed[n] for n in range(len(windowed))])
 
-    def _publish(self, pending: _Pending) -> None:
+    def _stored(self, key: str, spans: list[tuple[int, int]], windowed: list[_Window]) -> _Computed:
+        """Return a sequence's embedding from its windows' outputs."""
+        pooling = self.recipe.pooling
+        start = None
+        if pooling == "per_residue":
+            start = self._rounded(_merge(windowed, spans, "cls"))
+        return _Computed(key, self._rounded(_merge(windowed, spans, pooling)), start, spans[-1][1], _tokens(spans))
+
+    def _rounded(self, array: NDArray[np.float32]) -> NDArray[np.generic]:
+        return to_stored(finite(array, self.recipe.precision), self.recipe.stored)
+
+    def _write(self, lot: _Lot, done: dict[str, Embedded]) -> None:
+        """Write what is noted to the lot's segment."""
+        while lot.waiting:
+            computed = lot.waiting[0]
+            if lot.publication is None:
+                lot.publication = self.cache.begin(self.trunk, self.recipe)
+            content = lot.publication.add(computed.key, computed.array, computed.length, computed.start)
+            done[computed.key] = Embedded(computed.key, computed.array.shape, self.recipe.stored, content)
+            lot.tokens += computed.tokens
+            lot.written_bytes += computed.array.nbytes
+            lot.waiting.popleft()
+
+    def _publish(self, lot: _Lot, done: dict[str, Embedded]) -> None:
+        self._write(lot, done)
+        if lot.publication is None:
+            return
         device_class, torch_version = self.attested
-        attestation = Attestation(
-            device_class,
-            torch_version,
-            dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
-            round(time.perf_counter() - pending.since, 6),
-            sum(e.tokens for e in pending.entries),
-        )
-        self.cache.publish(
-            [e.key for e in pending.entries],
-            [e.array for e in pending.entries],
-            [e.length for e in pending.entries],
-            trunk=self.trunk,
-            recipe=self.recipe,
-            attestation=attestation,
-        )
-        pending.published = True
+        seconds = round(time.perf_counter() - lot.since, 6)
+        lot.publication.publish(Attestation(device_class, torch_version, _now(), seconds, lot.tokens))
+        lot.published = True
+        self.cache.tidy()
+
+
+def _now() -> str:
+    return dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
 
 
 def _spans(sequence: str, recipe: Recipe) -> list[tuple[int, int]]:
@@ -287,20 +368,20 @@ def _tokens(spans: list[tuple[int, int]]) -> int:
     return sum(end - start + 2 for start, end in spans)
 
 
-def _merge(
-    done: dict[int, tuple[NDArray[np.float32], NDArray[np.float32] | None]], spans: list[tuple[int, int]], pooling: str
-) -> NDArray[np.float32]:
-    """Return a windowed sequence's embedding: residues averaged over the windows they lie in, then pooled.
+def _merge(windowed: list[_Window], spans: list[tuple[int, int]], pooling: str) -> NDArray[np.float32]:
+    """Return a sequence's embedding: residues averaged over the windows they lie in, then pooled.
 
     ``cls`` is the mean of the windows' start tokens; the attention that a residue receives is averaged as it is.
     """
-    ordered = [done[number] for number in range(len(spans))]
+    if len(windowed) == 1:
+        hidden, received = windowed[0]
+        return pool(hidden, pooling, received)
     if pooling == "cls":
-        return pool_residues(np.stack([hidden[0] for hidden, _ in ordered]), "mean")
-    residues = _averaged([hidden[1:-1] for hidden, _ in ordered], spans)
+        return pool_residues(np.stack([hidden[0] for hidden, _ in windowed]), "mean")
+    residues = _averaged([hidden[1:-1] for hidden, _ in windowed], spans)
     if pooling == "per_residue":
         return residues
-    weights = [received[:, None] for _, received in ordered if received is not None]
+    weights = [received[:, None] for _, received in windowed if received is not None]
     return pool_residues(residues, pooling, _averaged(weights, spans)[:, 0] if weights else None)
 
 

@@ -1,119 +1,219 @@
-"""Embeddings in a file of their own, by sequence id."""
+"""Embeddings in a file of their own, by sequence id, for other programs."""
 
 from __future__ import annotations
 
+import importlib.util
 import secrets
 import shutil
-import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from proteus_pipeline.embeddings import writers
 from proteus_pipeline.embeddings.cache import EmbeddingCache
 from proteus_pipeline.embeddings.embedder import Embedded
-from proteus_pipeline.embeddings.stored import to_fp32
+from proteus_pipeline.embeddings.selection import Selection
 from proteus_pipeline.errors import ConfigError, StorageError
+from proteus_pipeline.models.pooling import POOLINGS
 from proteus_pipeline.sequences.fasta import shown
 from proteus_pipeline.stores.files import TEMPORARY_PREFIX, atomic_path, storage_error
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+    from proteus_pipeline.embeddings.writers import Writer
 
-KINDS = (".npz", ".zarr")
+FORMAT = 1
+"""Of what `export` writes, where its provenance says so."""
 _NPZ_NAME_BYTES = 65_535  # zip has 16 bits for the length of a name
+_FILE_NAME_BYTES = 255
 
 
-def check_target(path: Path) -> None:
-    """Make sure that `path` can be written, before anything is computed.
+@dataclass(frozen=True)
+class Kind:
+    """One kind of export.
+
+    Attributes
+    ----------
+    write
+        Its writer.
+    folder
+        Whether it is a folder, and not a file.
+    library
+        What the extra ``export`` brings and it needs; else empty.
+    poolings
+        Those that it has a place for.
+    id_bytes
+        How long, in UTF-8, an id may be; 0 for any length.
+    file_names
+        Whether an id must be safe as a file's name.
+
+    """
+
+    write: Writer
+    folder: bool = False
+    library: str = ""
+    poolings: tuple[str, ...] = tuple(POOLINGS)
+    id_bytes: int = 0
+    file_names: bool = False
+
+
+KINDS = {
+    ".h5": Kind(writers.write_h5, library="h5py"),
+    ".h5ad": Kind(writers.write_h5ad, library="anndata", poolings=tuple(p for p in POOLINGS if p != "per_residue")),
+    ".parquet": Kind(writers.write_parquet, library="pyarrow"),
+    ".pt": Kind(
+        writers.write_pt,
+        folder=True,
+        poolings=tuple(writers.FAIR_ESM_FIELDS),
+        id_bytes=_FILE_NAME_BYTES - len(".pt"),
+        file_names=True,
+    ),
+    ".npz": Kind(writers.write_npz, id_bytes=_NPZ_NAME_BYTES - len(".npy")),
+    ".zarr": Kind(writers.write_zarr, folder=True),
+}
+
+
+def check_target(path: Path, pooling: str = "", ids: Iterable[str] = ()) -> None:
+    """Make sure that embeddings can be written to `path`, as far as is known, before anything is computed.
+
+    Parameters
+    ----------
+    path
+        A file, or for ``.zarr`` and ``.pt`` a folder.
+    pooling
+        As in a recipe; empty where it is not known yet.
+    ids
+        What they will be called.
 
     Raises
     ------
     ConfigError
-        For a kind of file that is not known.
+        For a kind of file that is not known, or has no place for embeddings of this pooling, or needs a library that
+        is not installed.
     StorageError
-        When its folder does not exist.
+        When its folder does not exist, there is something else at `path`, or the kind can't hold one of the ids.
 
     """
-    if path.suffix not in KINDS:
-        raise ConfigError(f"{path} is no kind of file to write embeddings to", f"end its name in {' or '.join(KINDS)}")
+    kind = KINDS.get(path.suffix)
+    if kind is None:
+        *most, last = KINDS
+        raise ConfigError(
+            f"{path} is no kind of file to write embeddings to", f"end its name in {', '.join(most)} or {last}"
+        )
+    if kind.library and importlib.util.find_spec(kind.library) is None:
+        raise ConfigError(
+            f"writing {path} needs {kind.library}, which is not installed", "pip install 'proteus_pipeline[export]'"
+        )
+    if pooling and pooling not in kind.poolings:
+        others = " or ".join(suffix for suffix, other in KINDS.items() if pooling in other.poolings)
+        raise ConfigError(
+            f"a {path.suffix} has no place for {pooling} embeddings",
+            f"write to a {others}, or use embedding.pooling={kind.poolings[0]}",
+        )
     if not path.parent.is_dir():
         raise StorageError(f"{path.parent} does not exist", "create it first")
+    if path.exists() and path.is_dir() != kind.folder:
+        found, wanted = ("a folder", "a file") if path.is_dir() else ("a file", "a folder")
+        raise StorageError(f"{path} is {found}, and a {path.suffix} export is {wanted}", "choose another name")
+    # A folder of models may be called so too: what is replaced is an export, or nothing.
+    if path.suffix == ".pt" and path.is_dir() and (other := _first_other(path)):
+        raise StorageError(f"{path} holds {other}, which no export wrote", "choose another name, or remove the folder")
+    for i in ids:
+        _check_id(i, path.suffix, kind)
 
 
-def export(path: Path, cache: EmbeddingCache, ids: Sequence[str], entries: Sequence[Embedded]) -> None:
-    """Write embeddings as fp32, by id: (D,) or (L, D) each.
+def _first_other(folder: Path) -> str:
+    return next((p.name for p in folder.iterdir() if p.suffix != ".pt" or not p.is_file()), "")
 
-    A ``.npz`` holds one array an id. A ``.zarr`` group holds ``ids`` in its attributes and, pooled, one (N, D) array
-    ``embeddings``; per residue, one array an id in the group ``embeddings``. What was at `path` is replaced at the end.
+
+def _check_id(i: str, suffix: str, kind: Kind) -> None:
+    if kind.id_bytes and len(i) * 4 > kind.id_bytes and (found := len(i.encode())) > kind.id_bytes:
+        raise StorageError(
+            f"the id {shown(i)} has {found:,} bytes, and a {suffix} holds at most {kind.id_bytes:,}",
+            "write to a .zarr instead",
+        )
+    if kind.file_names and (not i or i.startswith(".") or set(i) & set("/\\\0")):
+        raise StorageError(
+            f"the id {shown(i)} can't be a file's name, and in a {suffix} it is one", "write to a .h5 or .zarr instead"
+        )
+
+
+def export(
+    path: Path,
+    cache: EmbeddingCache,
+    ids: Sequence[str],
+    entries: Sequence[Embedded],
+    provenance: Mapping[str, Any] | None = None,
+) -> None:
+    """Write embeddings as fp32, by id: (D,) or (L, D) each. What was at `path` is replaced at the end.
+
+    ``.npz``
+        One array an id.
+    ``.zarr``
+        A group: ``ids`` in its attributes; ``embeddings``, an (N, D) array, or a group of one array an id.
+    ``.h5ad``
+        AnnData: ids as obs_names, X (N, D).
+    ``.parquet``
+        The columns ``id`` and ``embedding``.
+    ``.h5``
+        As bio_embeddings writes it: a dataset an id, with the attribute ``original_id``.
+    ``.pt``
+        A folder of ID.pt, each as fair-esm's extract.py writes it.
+
+    All but ``.h5ad``, whose X is one array, are written a few embeddings at a time.
+
+    Parameters
+    ----------
+    path
+        Its suffix says what to write.
+    cache
+        Where the embeddings are.
+    ids, entries
+        Which embedding each id has.
+    provenance
+        How they came to be: ``format``, ``model``, ``trunk``, ``recipe``, of JSON's kinds of values. It is written
+        where the format has a place for it; a ``.pt`` takes the layer and the pooling from its recipe.
 
     Raises
     ------
+    ConfigError
+        As `check_target`.
     StorageError
-        When an embedding is gone from the cache, an id is too long for a ``.npz``, or the file can't be written.
+        As `check_target`, and when an embedding is gone from the cache or the file can't be written.
 
     """
-    if path.suffix == ".npz":
-        _check_names(ids)
-    by_key = {entry.key: to_fp32(array, entry.stored) for entry, array in cache.find(e.key for e in entries)}
-    if missing := [i for i, e in zip(ids, entries, strict=True) if e.key not in by_key]:
-        raise StorageError(f"the embedding of {missing[0]} is gone from {cache.path}", "run the command again")
-    arrays = {i: by_key[e.key] for i, e in zip(ids, entries, strict=True)}
-    if path.suffix == ".npz":
-        _write_npz(path, arrays)
-    else:
-        _write_zarr(path, arrays)
-
-
-def _check_names(ids: Sequence[str]) -> None:
-    longest = _NPZ_NAME_BYTES - len(".npy")
-    for i in ids:
-        if len(i) * 4 > longest and (found := len(i.encode())) > longest:
-            raise StorageError(
-                f"the id {shown(i)} has {found:,} bytes, and a .npz holds at most {longest:,}",
-                "write to a .zarr instead",
-            )
-
-
-def _write_npz(path: Path, arrays: dict[str, NDArray[np.float32]]) -> None:
-    import numpy as np
-
-    # What np.savez writes; as its keyword arguments, ids such as "file" would clash with its own.
-    with atomic_path(path) as temporary:
+    selection, told = Selection(cache, ids, entries), provenance or {}
+    pooling = str(told.get("recipe", {}).get("pooling", "" if selection.pooled else "per_residue"))
+    check_target(path, pooling, ids)
+    kind = KINDS[path.suffix]
+    place: Callable[[Path], Any] = _new_folder if kind.folder else atomic_path
+    with place(path) as temporary:
         try:
-            with zipfile.ZipFile(temporary, "x", zipfile.ZIP_STORED, allowZip64=True) as file:
-                for name, array in arrays.items():
-                    with file.open(f"{name}.npy", "w", force_zip64=True) as member:
-                        np.lib.format.write_array(member, array, allow_pickle=False)
+            kind.write(temporary, selection, told)
+        except StorageError:  # an OSError too
+            raise
         except OSError as error:
             raise storage_error("write", path, error) from error
 
 
-def _write_zarr(path: Path, arrays: dict[str, NDArray[np.float32]]) -> None:
-    import numpy as np
-    import zarr
-
+@contextmanager
+def _new_folder(path: Path) -> Iterator[Path]:
+    """Yield the name of a folder for the body to make; put it in the place of `path` when the body succeeds."""
     # Names of this export's own: another one to the same path, at the same time, is not in its way.
     token = secrets.token_hex(8)
     temporary, former = (path.with_name(f"{TEMPORARY_PREFIX}{token}{kind}{path.suffix}") for kind in ("", "-old"))
     try:
-        group = zarr.open_group(temporary, mode="w-")
-        group.attrs["ids"] = list(arrays)
-        if next(iter(arrays.values())).ndim == 1:
-            group.create_array("embeddings", data=np.stack(list(arrays.values())))
-        else:
-            inner = group.create_group("embeddings")
-            for number, array in enumerate(arrays.values()):
-                # Ids may hold any character; a number is a safe name, and ids has the order.
-                inner.create_array(str(number), data=array)
-        # A folder can't be renamed over another: the former one is set aside whole, and removed at the end.
-        if path.exists():
-            path.rename(former)
-        temporary.rename(path)
-    except OSError as error:
-        raise StorageError(
-            f"{path} can't be written ({error.strerror})", "free space, or choose another place"
-        ) from error
+        yield temporary
+        try:
+            # A folder can't be renamed over another: the former one is set aside whole, and removed at the end.
+            if path.exists():
+                path.rename(former)
+            temporary.rename(path)
+        except OSError as error:
+            raise StorageError(
+                f"{path} can't be written ({error.strerror})", "free space, or choose another place"
+            ) from error
     finally:
         if former.exists() and not path.exists():
             former.rename(path)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 from proteus_pipeline.errors import ConfigError
 from proteus_pipeline.identity import digests
@@ -61,6 +64,17 @@ class Recipe:
         if self.window and not 0 <= self.overlap < self.window:
             raise ConfigError(f"data.overlap is {self.overlap}", f"use 0 to {self.window - 1}, below data.max_length")
 
+    @classmethod
+    def of_described(cls, described: Mapping[str, Any]) -> Recipe:
+        """Return the recipe that a segment or a manifest describes."""
+        window, overlap = described["windows"] or (0, 0)
+        fields = ("layer", "pooling", "precision", "numerics", "stored", "engine")
+        return cls(**{f: described[f] for f in fields}, window=window, overlap=overlap)
+
+    def described(self) -> dict[str, object]:
+        """Return all that there is to say of it, windows included whatever a sequence's length."""
+        return self.identity(0) | {"windows": [self.window, self.overlap] if self.window else None}
+
     def identity(self, length: int) -> dict[str, object]:
         """Return what enters the key of a sequence of `length` residues."""
         windowed = self.window and length > self.window
@@ -76,8 +90,14 @@ class Recipe:
 
     def key(self, trunk_digest: str, sequence: str) -> str:
         """Return the embedding key of a normalised sequence, 32 hexadecimal digits."""
-        parts = [trunk_digest, self.identity(len(sequence)), digests.of_sequence(sequence)]
-        return digests.of_record("embedding", parts)
+        # A length beyond one window, or one within: there are no other identities.
+        length = self.window + 1 if self.window and len(sequence) > self.window else 0
+        return digests.of_last(_before_sequence(self, trunk_digest, length), digests.of_sequence(sequence))
+
+
+@lru_cache(256)
+def _before_sequence(recipe: Recipe, trunk_digest: str, length: int) -> bytes:
+    return digests.before_last("embedding", trunk_digest, recipe.identity(length))
 
 
 def windows(length: int, window: int, overlap: int) -> list[tuple[int, int]]:

@@ -1,18 +1,20 @@
-"""A segment: an immutable, uncompressed zip that is a zarr v3 group of embeddings.
+"""A segment: an immutable, uncompressed zip that is a zarr v3 group of embeddings, and says by itself what it holds.
 
-Per residue, each entry is an array of one chunk, ``KEY/c/0/0``. Pooled, all entries are the rows of one array,
-``pooled``, in chunks of 16 rows, beside an array of their ``keys``. Every chunk is bytes -> blosc -> crc32c, so any
-zarr v3 reader opens a segment; this one reads a chunk with one pread and is several times faster.
+Per residue, each entry is an array of one chunk, ``KEY/c/0/0``, compressed; and the start tokens' vectors, one a row, are
+the array ``start``. Pooled, all entries are the rows of one array, ``pooled``. Beside them, in the order of the rows:
+``keys``, ``lengths``, ``contents``, from which a lost index is made again. Chunks end in their crc32c, so any zarr v3
+reader opens a segment; this one reads an entry with one pread and is several times faster.
 
 blosc decodes most damaged chunks to wrong numbers without a word (over 99% of 1,000 flipped bits), so the crc32c is
-not optional.
+not optional. Rows of vectors are not compressed: one is read without its neighbours, and checked by its content hash.
 """
 
 from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Sequence
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,77 +28,277 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 FORMAT = 1
-ROWS_PER_CHUNK = 16
+ROWS_PER_CHUNK = 32  # what a last chunk may waste is small; a row is read without its chunk
+CRC_BYTES = 4
+_RESIDUE = 0x48674BC7
 _ZARR_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "uint16"}
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # zip's earliest date: equal entries make equal bytes
-_CRC_BYTES = 4
+_GROUP = "zarr.json"
+_COMPRESSING = 2
 
 
 @dataclass(frozen=True)
 class Placed:
-    """Where an entry lies: its chunk's bytes in the file, and its row in the chunk (0 per residue)."""
+    """Where an entry lies: its bytes in the file, and its row among the segment's entries.
+
+    Per residue the bytes are a whole chunk; pooled, a row within one.
+    """
 
     offset: int
     nbytes: int
     row: int
 
 
-def write_segment(
-    path: Path, keys: Sequence[str], arrays: Sequence[NDArray[np.generic]], stored: str, attributes: dict[str, Any]
-) -> list[Placed]:
-    """Write a segment to `path`, and return where each entry lies in it.
+class SegmentWriter:
+    """Writes a segment, an entry at a time: what was added is in the file, and not in memory.
 
     Parameters
     ----------
     path
         A file that does not exist.
-    keys
-        32 hexadecimal digits each.
-    arrays
-        In their stored dtype: all (L, D), or all (D,).
     stored
         ``fp32``, ``fp16`` or ``bf16``.
-    attributes
-        The group's attributes: format, trunk digest, recipe, attestation.
+    layout
+        ``per_residue``: arrays are (L, D); ``pooled``: (D,).
 
     """
-    with zipfile.ZipFile(path, "x", zipfile.ZIP_STORED, allowZip64=True) as file:
-        _member(file, "zarr.json", _json({"zarr_format": 3, "node_type": "group", "attributes": attributes}))
-        if arrays[0].ndim == 1:
-            return _write_pooled(file, keys, arrays, stored)
-        return [_write_array(file, key, array, stored) for key, array in zip(keys, arrays, strict=True)]
+
+    def __init__(self, path: Path, stored: str, layout: str) -> None:
+        self._stored = stored
+        self._layout = layout
+        self._file = zipfile.ZipFile(path, "x", zipfile.ZIP_STORED, allowZip64=True)
+        # Compression takes most of the time, and leaves the others' lock alone: entries are compressed ahead, two at a time.
+        self._ahead: deque[tuple[str, tuple[int, ...], Future[bytes]]] = deque()
+        self._pool = ThreadPoolExecutor(_COMPRESSING, "compress") if layout == "per_residue" else None
+        self._rows: list[NDArray[np.generic]] = []
+        self._chunk_starts: list[int] = []
+        self._placed: list[Placed] = []
+        self._keys: list[str] = []
+        self._lengths: list[int] = []
+        self._contents: list[str] = []
+
+    @property
+    def keys(self) -> list[str]:
+        """The keys so far, in the order of their rows."""
+        return self._keys
+
+    @property
+    def lengths(self) -> list[int]:
+        """Residues of each entry."""
+        return self._lengths
+
+    @property
+    def contents(self) -> list[str]:
+        """The content hash of each entry."""
+        return self._contents
+
+    def add(
+        self,
+        key: str,
+        array: NDArray[np.generic],
+        length: int,
+        content: str,
+        start: NDArray[np.generic] | None = None,
+    ) -> None:
+        """Write one entry, in its stored dtype.
+
+        Parameters
+        ----------
+        key
+            32 hexadecimal digits, not added before.
+        array
+            (L, D) or (D,).
+        length
+            Residues of its sequence.
+        content
+            The array's content hash.
+        start
+            (D,), the start token's vector, per residue; zeros where it is not known.
+
+        """
+        if self._pool:
+            while len(self._ahead) > _COMPRESSING:
+                self._write_chunk()
+            self._ahead.append((key, array.shape, self._pool.submit(encode_entry, array, self._stored)))
+            self._add_row(np.zeros(array.shape[1:], array.dtype) if start is None else start)
+        else:
+            self._add_row(array)
+        self._note(key, length, content)
+
+    def add_encoded(
+        self, key: str, chunk: bytes, shape: tuple[int, ...], content: str, start: NDArray[np.generic]
+    ) -> None:
+        """Write a per-residue entry by its chunk, as another segment holds it; the rest as for `add`."""
+        done: Future[bytes] = Future()
+        done.set_result(chunk)
+        self._ahead.append((key, shape, done))
+        self._add_row(start)
+        self._note(key, shape[0], content)
+
+    def _note(self, key: str, length: int, content: str) -> None:
+        self._keys.append(key)
+        self._lengths.append(length)
+        self._contents.append(content)
+
+    def _write_chunk(self) -> None:
+        """Write the oldest of the chunks that are compressed ahead."""
+        key, shape, chunk = self._ahead.popleft()
+        stored = _ZARR_DTYPES[self._stored]
+        self._member(f"{key}/zarr.json", _array(shape, shape, stored, _compressed(NUMPY_DTYPES[self._stored].itemsize)))
+        place = self._member(f"{key}/c/0/0", chunk.result())
+        self._placed.append(Placed(place.offset, place.nbytes, len(self._placed)))
+
+    def _add_row(self, row: NDArray[np.generic]) -> None:
+        self._rows.append(np.array(row))  # a copy: a view would keep a whole batch alive
+        if len(self._rows) == ROWS_PER_CHUNK:
+            self._flush_rows()
+
+    def _flush_rows(self) -> None:
+        # Chunks are of one size: the last one is filled up, unless it is the only one.
+        count = ROWS_PER_CHUNK if self._chunk_starts else len(self._rows)
+        rows = np.zeros((count, len(self._rows[0])), dtype=self._rows[0].dtype)
+        rows[: len(self._rows)] = self._rows
+        place = self._member(f"{self._rows_name}/c/{len(self._chunk_starts)}/0", with_crc(rows.tobytes()))
+        self._chunk_starts.append(place.offset)
+        if self._layout == "pooled":
+            size = rows[0].nbytes
+            first = len(self._placed)
+            self._placed += [Placed(place.offset + i * size, size, first + i) for i in range(len(self._rows))]
+        self._rows = []
+
+    @property
+    def _rows_name(self) -> str:
+        return "start" if self._layout == "per_residue" else "pooled"
+
+    def finish(self, width: int, attributes: dict[str, Any]) -> tuple[list[Placed], list[int]]:
+        """Write what is left, and return where each entry lies, and where each chunk of rows begins.
+
+        Parameters
+        ----------
+        width
+            D.
+        attributes
+            The group's: format, trunk digest, recipe, attestation.
+
+        """
+        while self._ahead:
+            self._write_chunk()
+        if self._rows:
+            self._flush_rows()
+        count = len(self._keys)
+        rows = _array((count, width), (chunk_rows(count), width), _ZARR_DTYPES[self._stored], None)
+        self._member(f"{self._rows_name}/zarr.json", rows)
+        digests = {"keys": self._keys, "contents": self._contents}
+        columns = {n: np.frombuffer(bytes.fromhex("".join(v)), np.uint8).reshape(-1, 16) for n, v in digests.items()}
+        columns["lengths"] = np.array(self._lengths, dtype="<u4")
+        for name, column in columns.items():
+            self._member(f"{name}/zarr.json", _array(column.shape, column.shape, column.dtype.name, None))
+            self._member(f"{name}/c/" + "/".join("0" * column.ndim), with_crc(column.tobytes()))
+        self._member(_GROUP, _json({"zarr_format": 3, "node_type": "group", "attributes": attributes}))
+        self.close()
+        return self._placed, self._chunk_starts
+
+    def close(self) -> None:
+        """Give the file up, finished or not."""
+        if self._pool:
+            self._pool.shutdown(cancel_futures=True)
+        self._file.close()
+
+    def _member(self, name: str, data: bytes) -> Placed:
+        self._file.writestr(zipfile.ZipInfo(name, _EPOCH), data)
+        # start_dir is where the next member will begin: the data just written ends there.
+        return Placed(self._file.start_dir - len(data), len(data), 0)
 
 
-def _write_array(file: zipfile.ZipFile, key: str, array: NDArray[np.generic], stored: str) -> Placed:
-    size = array.dtype.itemsize
-    # The automatic block size compresses these 8% less well, and at half the speed (measured, width 1280).
-    codec = _blosc("zstd", 1, size, 131072 * size)
-    _member(file, f"{key}/zarr.json", _array(array.shape, array.shape, _ZARR_DTYPES[stored], codec))
-    return _member(file, f"{key}/c/0/0", _encode(array, codec))
+@dataclass(frozen=True)
+class Described:
+    """What a segment says of itself.
+
+    Attributes
+    ----------
+    attributes
+        The group's.
+    layout, width
+        As its index has them.
+    keys, lengths, contents
+        Of its entries, in the order of their rows.
+    placed
+        Where each entry lies.
+    chunk_starts
+        Where each chunk of rows begins.
+
+    """
+
+    attributes: dict[str, Any]
+    layout: str
+    width: int
+    keys: list[str]
+    lengths: list[int]
+    contents: list[str]
+    placed: list[Placed]
+    chunk_starts: list[int]
 
 
-def _write_pooled(
-    file: zipfile.ZipFile, keys: Sequence[str], arrays: Sequence[NDArray[np.generic]], stored: str
-) -> list[Placed]:
-    width = arrays[0].shape[0]
-    codec = _blosc("lz4", 1, arrays[0].dtype.itemsize, 0)
-    shape, chunk = (len(keys), width), (ROWS_PER_CHUNK, width)
-    _member(file, "pooled/zarr.json", _array(shape, chunk, _ZARR_DTYPES[stored], codec))
-    placed = []
-    for number, start in enumerate(range(0, len(keys), ROWS_PER_CHUNK)):
-        rows = np.zeros(chunk, dtype=arrays[0].dtype)
-        part = arrays[start : start + ROWS_PER_CHUNK]
-        rows[: len(part)] = part
-        place = _member(file, f"pooled/c/{number}/0", _encode(rows, codec))
-        placed += [Placed(place.offset, place.nbytes, row) for row in range(len(part))]
-    raw = np.frombuffer(bytes.fromhex("".join(keys)), dtype=np.uint8).reshape(-1, 16)
-    _member(file, "keys/zarr.json", _array(raw.shape, raw.shape, "uint8", None))
-    _member(file, "keys/c/0/0", _encode(raw, None))
-    return placed
+def describe(path: Path) -> Described:
+    """Read what a segment says of itself, for the index that it has lost.
+
+    Raises
+    ------
+    IntegrityError
+        When that is damaged.
+    OSError
+        When the file can't be read.
+
+    """
+    damaged = IntegrityError(f"{path} does not say what it holds", "its entries are computed again")
+    try:
+        with zipfile.ZipFile(path) as file:
+            group = json.loads(file.read(_GROUP))
+            columns = {name: _checked(file.read(f"{name}/c/0/0"), path) for name in ("keys", "contents")}
+            lengths = np.frombuffer(_checked(file.read("lengths/c/0"), path), dtype="<u4").tolist()
+            infos = {i.filename: i for i in file.infolist()}
+            layout = "pooled" if "pooled/zarr.json" in infos else "per_residue"
+            rows_name = "pooled" if layout == "pooled" else "start"
+            array = json.loads(file.read(f"{rows_name}/zarr.json"))
+            places = {name: _place(file, i) for name, i in infos.items() if "/c/" in name}
+        keys, contents = ([columns[n][i : i + 16].hex() for i in range(0, len(columns[n]), 16)] for n in columns)
+        width, itemsize = array["shape"][1], np.dtype(array["data_type"]).itemsize
+        starts = [places[f"{rows_name}/c/{n}/0"].offset for n in range(-(-len(keys) // ROWS_PER_CHUNK))]
+        if layout == "pooled":
+            size = width * itemsize
+            placed = [
+                Placed(starts[i // ROWS_PER_CHUNK] + i % ROWS_PER_CHUNK * size, size, i) for i in range(len(keys))
+            ]
+        else:
+            chunks = (places[f"{key}/c/0/0"] for key in keys)
+            placed = [Placed(p.offset, p.nbytes, i) for i, p in enumerate(chunks)]
+        if not len(keys) == len(lengths) == len(contents):
+            raise damaged
+        return Described(group["attributes"], layout, width, keys, lengths, contents, placed, starts)
+    except (zipfile.BadZipFile, ValueError, KeyError, TypeError, IndexError, NotImplementedError) as error:
+        raise damaged from error
 
 
-def decode_chunk(data: bytes, stored: str, width: int, rows: int, origin: str) -> NDArray[np.generic]:
-    """Return a chunk's (rows, width) array in its stored dtype, after its checksum.
+def _place(file: zipfile.ZipFile, info: zipfile.ZipInfo) -> Placed:
+    """Return where a member's data lies: behind its own header, whose length only it says."""
+    assert file.fp is not None  # noqa: S101 - it is open
+    file.fp.seek(info.header_offset + 26)
+    name, extra = (int.from_bytes(file.fp.read(2), "little") for _ in range(2))
+    return Placed(info.header_offset + 30 + name + extra, info.file_size, 0)
+
+
+def encode_entry(array: NDArray[np.generic], stored: str) -> bytes:
+    """Return a per-residue entry's chunk: bytes -> blosc -> crc32c."""
+    from numcodecs.blosc import Blosc
+
+    size = NUMPY_DTYPES[stored].itemsize
+    c = _compressed(size)["configuration"]
+    body = Blosc(c["cname"], c["clevel"], Blosc.SHUFFLE, c["blocksize"]).encode(np.ascontiguousarray(array))
+    return with_crc(bytes(body))
+
+
+def decode_entry(data: bytes, stored: str, shape: tuple[int, ...], origin: str) -> NDArray[np.generic]:
+    """Return a chunk's array in its stored dtype, after its checksum.
 
     Raises
     ------
@@ -104,48 +306,62 @@ def decode_chunk(data: bytes, stored: str, width: int, rows: int, origin: str) -
         When the bytes are not what was written.
 
     """
-    import google_crc32c
     from numcodecs import blosc
 
-    body, crc = data[:-_CRC_BYTES], data[-_CRC_BYTES:]
-    if len(data) <= _CRC_BYTES or google_crc32c.value(body).to_bytes(4, "little") != crc:
-        raise IntegrityError(f"a chunk of {origin} fails its checksum", "proteus run computes it again")
+    body = _checked(data, origin)
     try:
         decoded = np.frombuffer(blosc.decompress(body), dtype=NUMPY_DTYPES[stored])
     except (RuntimeError, ValueError) as error:  # sound bytes, and no chunk of this dtype: another segment's
         raise IntegrityError(f"a chunk of {origin} is not what its index says", "run it again") from error
-    if decoded.size != rows * width:
-        raise IntegrityError(f"a chunk of {origin} has {decoded.size} values, not {rows} x {width}", "run it again")
-    return decoded.reshape(rows, width)
+    if decoded.size != shape[0] * shape[1]:
+        raise IntegrityError(f"a chunk of {origin} has {decoded.size} values, not {shape}", "run it again")
+    return decoded.reshape(shape)
 
 
-def _member(file: zipfile.ZipFile, name: str, data: bytes) -> Placed:
-    file.writestr(zipfile.ZipInfo(name, _EPOCH), data)
-    # start_dir is where the next member will begin: the data just written ends there.
-    return Placed(file.start_dir - len(data), len(data), 0)
+def decode_rows(data: bytes, stored: str, width: int, origin: str) -> NDArray[np.generic]:
+    """Return a chunk's (rows, D) rows, after its checksum.
+
+    Raises
+    ------
+    IntegrityError
+        When the bytes are not what was written.
+
+    """
+    return np.frombuffer(_checked(data, origin), dtype=NUMPY_DTYPES[stored]).reshape(-1, width)
 
 
-def _encode(array: NDArray[Any], codec: dict[str, Any] | None) -> bytes:
+def chunk_rows(entries: int) -> int:
+    """Return the rows of a chunk, in a segment of so many entries."""
+    return min(entries, ROWS_PER_CHUNK)
+
+
+def chunk_nbytes(entries: int, stored: str, width: int) -> int:
+    """Return the bytes of a chunk of rows in the file, its checksum included."""
+    return chunk_rows(entries) * width * NUMPY_DTYPES[stored].itemsize + CRC_BYTES
+
+
+def with_crc(body: bytes) -> bytes:
+    """Return bytes with their crc32c behind them, as zarr's codec has it."""
     import google_crc32c
-    from numcodecs.blosc import Blosc
 
-    data = np.ascontiguousarray(array)
-    if codec is None:
-        body = data.tobytes()
-    else:
-        c = codec["configuration"]
-        body = bytes(Blosc(c["cname"], c["clevel"], Blosc.SHUFFLE, c["blocksize"]).encode(data))
-    crc: bytes = google_crc32c.value(body).to_bytes(4, "little")
+    crc: bytes = google_crc32c.value(body).to_bytes(CRC_BYTES, "little")
     return body + crc
 
 
-def _blosc(cname: str, clevel: int, typesize: int, blocksize: int) -> dict[str, Any]:
-    return {
-        "name": "blosc",
-        "configuration": {
-            "typesize": typesize, "cname": cname, "clevel": clevel, "shuffle": "shuffle", "blocksize": blocksize,
-        },
-    }  # fmt: skip
+def _checked(data: bytes, origin: object) -> memoryview:
+    """Return a chunk's bytes without their checksum, having compared it."""
+    import google_crc32c
+
+    # Of bytes that end in their own crc32c, the crc32c is always the same: nothing is copied to leave its four bytes out.
+    if len(data) <= CRC_BYTES or google_crc32c.value(data) != _RESIDUE:
+        raise IntegrityError(f"a chunk of {origin} fails its checksum", "proteus run computes it again")
+    return memoryview(data)[:-CRC_BYTES]
+
+
+def _compressed(typesize: int) -> dict[str, Any]:
+    # The automatic block size compresses these 8% less well, and at half the speed (measured, width 1280).
+    options = {"cname": "zstd", "clevel": 1, "shuffle": "shuffle", "typesize": typesize}
+    return {"name": "blosc", "configuration": options | {"blocksize": 131072 * typesize}}
 
 
 def _array(shape: tuple[int, ...], chunk: tuple[int, ...], dtype: str, codec: dict[str, Any] | None) -> bytes:

@@ -52,4 +52,4 @@ def to_fp32(array: NDArray[np.generic], stored: str) -> NDArray[np.float32]:
 
 def content_hash(array: NDArray[np.generic], stored: str) -> str:
     """Return the content hash of a stored array."""
-    return digests.of_content(stored, array.shape, np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return digests.of_content(stored, array.shape, np.ascontiguousarray(array).data)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from proteus_pipeline.config.composition import PARAMS, compose, overlay, read_params
 from proteus_pipeline.config.overrides import parse
 from proteus_pipeline.embeddings.embedder import Outcome, Progress
-from proteus_pipeline.embeddings.export import check_target, export
+from proteus_pipeline.embeddings.export import FORMAT, check_target, export
 from proteus_pipeline.errors import ConfigError
 from proteus_pipeline.sequences.fasta import read_fasta
 from proteus_pipeline.sequences.rules import clean
-from proteus_pipeline.stages.compose import resolve_stages, rules_of
-from proteus_pipeline.stages.embed import embed_records
+from proteus_pipeline.stages.compose import recipe_of, resolve_stages, rules_of
+from proteus_pipeline.stages.embed import described, embed_records
 from proteus_pipeline.stages.project import Project
 
 
@@ -25,9 +26,12 @@ def embed_file(
     Raises
     ------
     ConfigError
-        When an override is wrong or the output's kind is not known; before any work.
+        When an override is wrong, or the output's kind is not known or has no place for such embeddings; before any
+        work.
     SequenceError
         When the file can't be used.
+    StorageError
+        When the output can't be written.
 
     """
     if output is not None:
@@ -42,7 +46,17 @@ def embed_file(
     composition = compose(project.work, read_params(project.work / PARAMS), changes=changes)
     composed = resolve_stages(project, composition, ("embed",))
     records, _ = clean(read_fasta(fasta), rules_of(composed["data"]))
+    ids = [r.id for r in records]
+    if output is not None:
+        check_target(output, composed["embedding"]["pooling"], ids)
     outcome = embed_records(project, composed, "embed", records, progress)
     if output is not None:
-        export(output, project.cache(composed), [r.id for r in records], outcome.entries)
+        export(output, project.cache(composed), ids, outcome.entries, _provenance(composed))
     return outcome
+
+
+def _provenance(composed: dict[str, Any]) -> dict[str, Any]:
+    """Return how an export's embeddings came to be."""
+    model = composed["stages"]["embed"]["model"]
+    recipe = described(recipe_of(composed, "embed"))
+    return {"format": FORMAT, "model": model["reference"], "trunk": model["trunk_digest"], "recipe": recipe}

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from proteus_pipeline.embeddings.embedder import Outcome, Progress, embed
 from proteus_pipeline.embeddings.manifest import write_manifest
+from proteus_pipeline.embeddings.recipe import Recipe
 from proteus_pipeline.errors import IntegrityError
 from proteus_pipeline.sequences.fasta import Record, read_fasta
 from proteus_pipeline.stages.compose import recipe_of
@@ -38,10 +39,13 @@ def write_stage_manifest(
     path: Path, composed: dict[str, Any], stage: str, records: Sequence[Record], outcome: Outcome
 ) -> None:
     """Write what `embed_records` did as a manifest."""
-    recipe = recipe_of(composed, stage)
-    described = recipe.identity(0) | {"windows": [recipe.window, recipe.overlap] if recipe.window else None}
     trunk = composed["stages"][stage]["model"]["trunk_digest"]
-    write_manifest(path, trunk, described, [r.id for r in records], outcome.entries)
+    write_manifest(path, trunk, described(recipe_of(composed, stage)), [r.id for r in records], outcome.entries)
+
+
+def described(recipe: Recipe) -> dict[str, Any]:
+    """Return a recipe as manifests and exports say it: of all their sequences, long or not."""
+    return recipe.identity(0) | {"windows": [recipe.window, recipe.overlap] if recipe.window else None}
 
 
 def embed_records(

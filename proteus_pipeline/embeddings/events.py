@@ -1,0 +1,128 @@
+"""What happened to entries after they were published: files of their own, since segments and indexes never change.
+
+An event hides entries from every reader from the moment that its file appears:
+
+``invalidated``
+    All entries of some weights, or of some weights by some recipes, that were published before it.
+``quarantined``
+    Entries that were found damaged; their bytes stay for whoever wants to look.
+``retired``
+    Whole segments: evicted, unreachable, or written again elsewhere. Their files go after a grace period.
+"""
+
+from __future__ import annotations
+
+import getpass
+import json
+import secrets
+import time
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from proteus_pipeline.errors import IntegrityError
+from proteus_pipeline.identity import digests
+
+if TYPE_CHECKING:
+    from proteus_pipeline.embeddings.index import SegmentHeader
+    from proteus_pipeline.stores.store import Store
+
+FORMAT = 1
+FOLDER = "events"
+KINDS = ("invalidated", "quarantined", "retired")
+
+
+@dataclass(frozen=True)
+class CacheEvent:
+    """One event.
+
+    Attributes
+    ----------
+    kind
+        ``invalidated``, ``quarantined`` or ``retired``.
+    time
+        Nanoseconds since 1970.
+    by, reason
+        Who, and why.
+    trunk, recipe
+        Of what is invalidated: all recipes that agree in the fields that are given.
+    segments
+        What is retired; what is quarantined, with the keys there.
+
+    """
+
+    kind: str
+    time: int
+    by: str
+    reason: str
+    trunk: str = ""
+    recipe: dict[str, Any] = field(default_factory=dict)
+    segments: dict[str, list[str]] = field(default_factory=dict)
+
+    def hides(self, header: SegmentHeader) -> bool:
+        """Say whether a whole segment is hidden by this."""
+        if self.kind == "retired":
+            return header.segment in self.segments
+        if self.kind != "invalidated" or header.trunk != self.trunk or header.published >= self.time:
+            return False
+        return all(header.recipe.get(name) == value for name, value in self.recipe.items())
+
+
+def make_event(kind: str, reason: str, **what: Any) -> CacheEvent:
+    """Return an event of now, by this user."""
+    return CacheEvent(kind, time.time_ns(), _user(), reason, **what)
+
+
+def write_event(store: Store, event: CacheEvent) -> str:
+    """Write an event; when this returns, readers honour it.
+
+    Raises
+    ------
+    StorageError
+        When it can't be written.
+
+    """
+    value = asdict(event) | {"format": FORMAT}
+    text = json.dumps(value | {"checksum": _checksum(value)}, sort_keys=True).encode()
+    name = f"{FOLDER}/{event.time:020d}-{secrets.token_hex(6)}.json"
+    store.write(name, text)
+    return name
+
+
+def read_event(store: Store, name: str) -> CacheEvent:
+    """Read an event.
+
+    Raises
+    ------
+    IntegrityError
+        When it is damaged, or of another format: what it hides is not known.
+    FileNotFoundError
+        When it is gone.
+
+    """
+    where = f"{store.location}/{name}"
+    try:
+        value = json.loads(store.read(name))
+        sound = value.pop("checksum") == _checksum(value)
+        known = value.pop("format") == FORMAT and value["kind"] in KINDS
+        event = CacheEvent(**value) if sound and known else None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        sound, known, event = False, False, None
+    if event is None and sound and not known:
+        raise IntegrityError(f"{where} is of a later format", "upgrade proteus_pipeline")
+    if event is None:
+        raise IntegrityError(
+            f"{where} is damaged, and which entries it hides is not known",
+            "bring it back from a copy of the cache, or remove it to have them shown again",
+        )
+    return event
+
+
+def _checksum(value: dict[str, Any]) -> str:
+    return digests.of_bytes(json.dumps(value, sort_keys=True).encode())
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):  # no name for this user id: in a container
+        return "unknown"

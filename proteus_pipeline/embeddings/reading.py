@@ -1,0 +1,140 @@
+"""Entries' bytes, from the stores they may lie in, never without their checks."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+
+from proteus_pipeline.embeddings import segment as segment_file
+from proteus_pipeline.embeddings.publication import SEGMENTS
+from proteus_pipeline.embeddings.stored import NUMPY_DTYPES, content_hash
+from proteus_pipeline.errors import IntegrityError, StorageError
+from proteus_pipeline.identity import digests
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from proteus_pipeline.embeddings.index import SegmentHeader
+    from proteus_pipeline.embeddings.visible import Entry
+    from proteus_pipeline.stores.store import Store
+
+T = TypeVar("T")
+R = TypeVar("R")
+_READING = 2
+_REPAIR = "run: proteus cache verify --repair"
+
+
+class Reader:
+    """Reads entries from the first store that has their segment.
+
+    Parameters
+    ----------
+    stores
+        The cache's own, then those beneath it.
+
+    """
+
+    def __init__(self, stores: Sequence[Store]) -> None:
+        self._stores = stores
+
+    def array(self, entry: Entry) -> NDArray[np.generic]:
+        """Return an entry's array in its stored dtype, checked against its checksum and its content hash.
+
+        Raises
+        ------
+        IntegrityError
+            When the bytes are not what was written.
+        StorageError
+            When they are gone or can't be read.
+
+        """
+        data = self._bytes(entry.segment, entry.offset, entry.nbytes)
+        if len(entry.shape) == 1:
+            array: NDArray[np.generic] = np.frombuffer(data, dtype=NUMPY_DTYPES[entry.stored])
+        else:
+            array = segment_file.decode_entry(data, entry.stored, entry.shape, self._place(entry.segment))
+        if content_hash(array, entry.stored) != entry.content:
+            where = self._place(entry.segment)
+            raise IntegrityError(f"entry {entry.key} in {where} is not what its index says", "it is computed again")
+        return array
+
+    def start(self, entry: Entry, header: SegmentHeader) -> NDArray[np.generic] | None:
+        """Return the start token's vector of a per-residue entry, (D,) in its stored dtype; None where it is not known.
+
+        Raises
+        ------
+        IntegrityError
+            When the bytes are not what was written.
+        StorageError
+            When they are gone or can't be read.
+
+        """
+        if not header.chunk_starts:
+            return None
+        chunk, row = divmod(entry.row, segment_file.ROWS_PER_CHUNK)
+        nbytes = segment_file.chunk_nbytes(header.entries, entry.stored, header.width)
+        data = self._bytes(entry.segment, header.chunk_starts[chunk], nbytes)
+        vector = segment_file.decode_rows(data, entry.stored, header.width, self._place(entry.segment))[row]
+        return vector if vector.any() else None  # zeros stand for a vector that nobody had
+
+    def rows(self, segment: str, offsets: list[int], contents: list[str], table: NDArray[np.generic]) -> list[int]:
+        """Read vectors of one segment into a table's rows, and return the rows that are not what was written.
+
+        Parameters
+        ----------
+        segment
+            Its file's name.
+        offsets, contents
+            Where each vector lies, and its content hash.
+        table
+            (n, D) in the stored dtype.
+
+        """
+        size = table.strides[0]
+        flat = table.view(np.uint8).reshape(-1).data
+        buffers = [flat[i * size : (i + 1) * size] for i in range(len(offsets))]
+        stored = next(name for name, dtype in NUMPY_DTYPES.items() if dtype == table.dtype)
+        hashed = digests.hasher_of_content(stored, table.shape[1:])
+        for store in self._stores:
+            try:
+                whole = store.read_many(f"{SEGMENTS}/{segment}", offsets, buffers)
+            except FileNotFoundError:
+                continue
+            pairs = zip(buffers, contents, strict=True)
+            return [i for i, (b, content) in enumerate(pairs) if not whole[i] or hashed(b) != content]
+        return list(range(len(offsets)))
+
+    def _bytes(self, segment: str, offset: int, nbytes: int) -> bytes:
+        name = f"{SEGMENTS}/{segment}"
+        for store in self._stores:
+            try:
+                data = store.read(name, offset, nbytes)
+            except FileNotFoundError:
+                continue
+            if len(data) != nbytes:
+                raise IntegrityError(f"{store.location}/{name} is truncated", _REPAIR)
+            return data
+        raise StorageError(f"{self._place(segment)} is gone", _REPAIR)
+
+    def _place(self, segment: str) -> str:
+        return f"{self._stores[0].location}/{SEGMENTS}/{segment}"
+
+
+def ahead(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """Yield a function of each item, in order, while threads work on the next ones: reading and decoding leave Python's lock."""
+    waiting: deque[Future[R]] = deque()
+    with ThreadPoolExecutor(_READING, "reader") as pool:
+        try:
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) > _READING + 1:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()

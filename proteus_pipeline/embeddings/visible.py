@@ -1,0 +1,485 @@
+"""What a reader sees of a cache: the entries of all its indexes and runs, less those that events hide."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from proteus_pipeline.embeddings import events as event_file
+from proteus_pipeline.embeddings.events import CacheEvent, read_event
+from proteus_pipeline.embeddings.index import (
+    CHECKED_BYTES,
+    Attestation,
+    Index,
+    SegmentHeader,
+    encode_index,
+    key_array,
+    key_strings,
+)
+from proteus_pipeline.errors import StorageError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from proteus_pipeline.stores.store import Store
+
+INDEXES, RUNS = "index", "runs"
+_KINDS = {INDEXES: ".idx", RUNS: ".run"}
+# So many index files are merged into a run, with the runs that are not much larger: look-ups stay a few searches.
+MERGE_AT = 4
+_MOST_MERGED = 4_000_000
+_ATTEMPTS = 20
+_log = logging.getLogger(__name__)
+
+
+class Entry(NamedTuple):
+    """One stored embedding: what a manifest says of it, and where it lies.
+
+    Attributes
+    ----------
+    key
+        32 hexadecimal digits.
+    shape
+        (L, D) or (D,).
+    stored
+        ``fp32``, ``fp16`` or ``bf16``.
+    content
+        The content hash.
+    length
+        Residues of its sequence.
+    device_class
+        Where it was computed.
+    seconds
+        What it took, by its share of its segment's tokens.
+    segment, offset, nbytes, row
+        Its bytes, and its row among its segment's entries.
+
+    """
+
+    key: str
+    shape: tuple[int, ...]
+    stored: str
+    content: str
+    length: int
+    device_class: str
+    seconds: float
+    segment: str
+    offset: int
+    nbytes: int
+    row: int
+
+
+@dataclass
+class _Loaded:
+    """An index, and which of its segments and rows are hidden."""
+
+    index: Index
+    hidden: NDArray[np.bool_]
+    dead: NDArray[np.int64]
+    published: NDArray[np.int64] = field(init=False)
+    whole: bool = False
+
+    def shows(self, row: int) -> bool:
+        """Say whether a row is visible."""
+        number = self.index.record(row)[5]
+        return number < len(self.hidden) and not self.hidden[number] and not (len(self.dead) and row in self.dead)
+
+    def __post_init__(self) -> None:
+        self.published = np.array([s.published for s in self.index.segments], dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class Found:
+    """Which entries some keys have: the best of each key first.
+
+    Attributes
+    ----------
+    keys
+        That were asked for.
+    position
+        (n,) of each entry's key in `keys`; sorted.
+    source, row
+        (n,) of its index, in `indexes`, and its row there.
+
+    """
+
+    keys: Sequence[str]
+    position: NDArray[np.int64]
+    source: NDArray[np.int64]
+    row: NDArray[np.int64]
+    indexes: Sequence[Index]
+
+    @property
+    def hits(self) -> int:
+        """How many of the keys have an entry."""
+        return len(np.unique(self.position))
+
+    def missing(self) -> list[str]:
+        """Return the keys that have none."""
+        have = np.zeros(len(self.keys), dtype=bool)
+        have[self.position] = True
+        return [self.keys[i] for i in np.flatnonzero(~have).tolist()]
+
+    def headers(self) -> list[SegmentHeader]:
+        """Return what holds for the segments that the entries lie in."""
+        used: list[SegmentHeader] = []
+        for number, index in enumerate(self.indexes):
+            rows = self.row[self.source == number]
+            used += [index.segments[n] for n in np.unique(index.records["segment"][rows]).tolist()]
+        return used
+
+    def entries(self) -> Iterator[Entry]:
+        """Yield all entries, those of one key together, the best first."""
+        for source, row, position in zip(self.source, self.row, self.position, strict=True):
+            yield entry_of(self.keys[position], self.indexes[source], int(row))
+
+    def places(self) -> Iterator[tuple[str, list[str], list[int], list[str]]]:
+        """Yield where the best entries lie: a segment, its keys, their offsets, sorted, and their content hashes."""
+        first = np.flatnonzero(np.diff(self.position, prepend=-1))
+        for source, index in enumerate(self.indexes):
+            here = first[self.source[first] == source]
+            records = index.records[self.row[here]]
+            order = np.lexsort((records["offset"], records["segment"]))
+            here, records = here[order], records[order]
+            numbers, firsts = np.unique(records["segment"], return_index=True)
+            for number, start, end in zip(numbers, firsts, [*firsts[1:], len(here)], strict=True):
+                some = records[start:end]
+                hashes = some["content"].tobytes().hex()
+                contents = [hashes[i : i + 32] for i in range(0, len(hashes), 32)]
+                keys = [self.keys[i] for i in self.position[here[start:end]].tolist()]
+                yield index.segments[number].segment, keys, some["offset"].tolist(), contents
+
+    def best(self) -> Iterator[Entry]:
+        """Yield each key's best entry."""
+        first = np.flatnonzero(np.diff(self.position, prepend=-1))
+        for i in first:
+            yield entry_of(self.keys[self.position[i]], self.indexes[self.source[i]], int(self.row[i]))
+
+
+class Visible:
+    """The indexes, runs and events of a store, as they are now.
+
+    Parameters
+    ----------
+    store
+        Where they lie.
+    above
+        What is seen of a cache that lies on top of this one: what its events hide is hidden here too.
+
+    """
+
+    def __init__(self, store: Store, above: Visible | None = None) -> None:
+        self._store = store
+        self._above = above
+        self._applied: frozenset[str] = frozenset()
+        self._loaded: dict[str, _Loaded | None] = {}
+        self._events: dict[str, CacheEvent] = {}
+        self._marks: dict[str, object] = {}
+        self._newest: list[_Loaded] | None = None
+        self._headers: dict[str, SegmentHeader] | None = None
+
+    @property
+    def indexes(self) -> list[Index]:
+        """The indexes and runs that can be read."""
+        return [loaded.index for loaded in self._loaded.values() if loaded]
+
+    @property
+    def unreadable(self) -> list[str]:
+        """The names of indexes and runs that can't."""
+        return [name for name, loaded in self._loaded.items() if loaded is None]
+
+    @property
+    def event_names(self) -> frozenset[str]:
+        """The names of all events that hold here."""
+        return frozenset(self._events) | (self._above.event_names if self._above else frozenset())
+
+    @property
+    def events(self) -> list[CacheEvent]:
+        """All events that hold here, the oldest first."""
+        above = self._above.events if self._above else []
+        return sorted([*self._events.values(), *above], key=lambda e: e.time)
+
+    def segments(self, *, hidden: bool = False) -> dict[str, SegmentHeader]:
+        """Return the segments that have visible entries; with `hidden` also those that events hide."""
+        return {
+            header.segment: header
+            for loaded in self._loaded.values()
+            if loaded
+            for header, dark in zip(loaded.index.segments, loaded.hidden, strict=True)
+            if hidden or not dark
+        }
+
+    def header(self, segment: str) -> SegmentHeader | None:
+        """Return what holds for a segment's entries, or None where no index names it."""
+        if self._headers is None:
+            self._headers = self.segments(hidden=True)
+        return self._headers.get(segment)
+
+    def residues(self) -> Counter[str]:
+        """Return the residues of all entries of each segment."""
+        totals: Counter[str] = Counter()
+        seen: set[str] = set()
+        for index in self.indexes:
+            sums = np.bincount(index.records["segment"], index.records["length"], len(index.segments))
+            for header, total in zip(index.segments, sums, strict=False):
+                if header.segment not in seen:  # merged by two at the same time
+                    totals[header.segment] += int(total)
+            seen |= {s.segment for s in index.segments}
+        return totals
+
+    def refresh(self) -> None:
+        """See what other processes published and hid since, and forget what is gone.
+
+        Raises
+        ------
+        IntegrityError
+            When an event is damaged.
+        StorageError
+            When the store can't be read.
+
+        """
+        self.refresh_events()
+        if all(self._store.unchanged(folder, self._marks.get(folder)) for folder in (INDEXES, RUNS)):
+            return
+        for _ in range(_ATTEMPTS):
+            marks = {folder: self._store.mark(folder) for folder in (INDEXES, RUNS)}
+            # Indexes first: what is merged away in between is in a run that is listed then.
+            names = {
+                f"{folder}/{n}"
+                for folder, kind in _KINDS.items()
+                for n in self._store.names(folder)
+                if n.endswith(kind)
+            }
+            if self._load(names):
+                self._marks |= marks
+                return
+        raise StorageError(f"the indexes of {self._store.location} change faster than they can be read", "try again")
+
+    def refresh_events(self) -> None:
+        """See what was hidden since; on the way of every read, and so only one question to the store."""
+        folder = event_file.FOLDER
+        if not self._store.unchanged(folder, self._marks.get(folder)):
+            mark = self._store.mark(folder)
+            names = {f"{folder}/{n}" for n in self._store.names(folder) if n.endswith(".json")}
+            for name in self._events.keys() - names:
+                del self._events[name]
+            for name in sorted(names - self._events.keys()):
+                with suppress(FileNotFoundError):  # removed since
+                    self._events[name] = read_event(self._store, name)
+            self._marks[folder] = mark
+        applied = self.event_names
+        if applied != self._applied:
+            for loaded in self._loaded.values():
+                if loaded:
+                    self._hide(loaded)
+            self._applied = applied
+
+    def _load(self, names: set[str]) -> bool:
+        """Open what is new of these files; False where one of them is gone, and the list is old."""
+        self._newest = self._headers = None
+        for name in self._loaded.keys() - names:
+            del self._loaded[name]
+        for name in sorted(names - self._loaded.keys()):
+            try:
+                index = Index.read(self._store, name)
+            except FileNotFoundError:
+                return False
+            except (StorageError, ValueError, KeyError, TypeError) as error:
+                _log.warning("%s", error)
+                self._loaded[name] = None  # warned of once
+                continue
+            loaded = _Loaded(index, np.zeros(len(index.segments), dtype=bool), np.zeros(0, dtype=np.int64))
+            self._hide(loaded)
+            self._loaded[name] = loaded
+        return True
+
+    def _hide(self, loaded: _Loaded) -> None:
+        """Note which segments and rows of an index events hide."""
+        events, index = self.events, loaded.index
+        loaded.hidden = np.array([any(e.hides(s) for e in events) for s in index.segments], dtype=bool)
+        dead: list[int] = []
+        numbers = {s.segment: n for n, s in enumerate(index.segments)}
+        for event in events:
+            if event.kind != "quarantined":
+                continue
+            for segment, keys in event.segments.items():
+                if segment in numbers and keys:
+                    rows = index.find(key_array(sorted(keys)))
+                    dead += [int(r) for r in rows if r >= 0 and index.records["segment"][r] == numbers[segment]]
+        loaded.dead = np.array(sorted(dead), dtype=np.int64)
+        # What was not checked when it was opened is looked at row by row.
+        loaded.whole = not dead and not loaded.hidden.any() and index.nbytes <= CHECKED_BYTES
+
+    def find(self, keys: Sequence[str], *, mine: Callable[[], str], only_mine: bool = False) -> Found:
+        """Return the visible entries of some keys.
+
+        Parameters
+        ----------
+        keys
+            Each once.
+        mine
+            Returns the device class whose entries come first; asked only where those of one key may differ.
+        only_mine
+            Leave out the others.
+
+        """
+        wanted = key_array(keys)
+        order = np.lexsort((wanted["low"], wanted["high"]))  # neighbours in a search are neighbours in memory
+        ordered = wanted[order]
+        all_loaded = [loaded for loaded in self._loaded.values() if loaded]
+        parts = [self._rows(loaded, ordered) for loaded in all_loaded]
+        none = np.zeros(0, dtype=np.int64)
+        place = np.concatenate([p for p, _ in parts] or [none])
+        row = np.concatenate([r for _, r in parts] or [none])
+        source = np.repeat(np.arange(len(parts)), [len(p) for p, _ in parts])
+        position = order[place]
+        found = Found(keys, position, source, row, [loaded.index for loaded in all_loaded])
+        sort = np.argsort(position, kind="stable")
+        repeated = len(position) > 1 and bool((np.diff(position[sort]) == 0).any())
+        if only_mine or repeated:
+            sort = _preferred(found, all_loaded, mine, only_mine=only_mine)
+        return Found(keys, position[sort], source[sort], row[sort], found.indexes)
+
+    def find_one(self, key: str) -> Entry | None:
+        """Return the newest visible entry of one key, where all entries are of one device class; else None.
+
+        None also where the key has no entry that was seen at the last `refresh`.
+        """
+        if self._newest is None:
+            classes = {s.attestation.device_class for one in self._loaded.values() if one for s in one.index.segments}
+            newest = (one for one in self._loaded.values() if one and len(one.published))
+            self._newest = sorted(newest, key=lambda one: -int(one.published.max())) if len(classes) < 2 else []
+        high, low = int(key[:16], 16), int(key[16:], 16)
+        for one in self._newest:
+            row = one.index.find_one(high, low)
+            if row >= 0 and (one.whole or one.shows(row)):
+                return entry_of(key, one.index, row)
+        return None
+
+    @staticmethod
+    def _rows(loaded: _Loaded, ordered: NDArray[np.void]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the places of the keys that an index has and shows, and their rows."""
+        if not len(loaded.index.high):
+            return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
+        rows = loaded.index.find(ordered)
+        # A number beyond the segments is damage in a run that was too large to be checked when it was opened.
+        place = np.flatnonzero((rows >= 0) & (_segment_numbers(loaded, rows) < len(loaded.index.segments)))
+        rows = rows[place]
+        if loaded.hidden.any():
+            shown = ~loaded.hidden[_segment_numbers(loaded, rows)]
+            place, rows = place[shown], rows[shown]
+        if len(loaded.dead):
+            alive = ~np.isin(rows, loaded.dead)
+            place, rows = place[alive], rows[alive]
+        return place, rows
+
+    def merge_due(self) -> bool:
+        """Say whether there are so many index files that look-ups would be quicker with fewer."""
+        return sum(name.startswith(f"{INDEXES}/") for name in self._loaded) >= MERGE_AT
+
+    def merge(self, *, everything: bool = False) -> None:
+        """Merge the index files, and the runs that are not much larger, into one run; leave out what is retired.
+
+        Whoever is killed, or does it at the same time as another, loses nothing: files go when what they say is in a run.
+
+        Raises
+        ------
+        StorageError
+            When the run can't be written.
+
+        """
+        chosen = [loaded for name, loaded in self._loaded.items() if loaded and name.startswith(f"{INDEXES}/")]
+        total = sum(len(loaded.index.high) for loaded in chosen)
+        runs = [loaded for name, loaded in self._loaded.items() if loaded and name.startswith(f"{RUNS}/")]
+        for loaded in sorted(runs, key=lambda r: len(r.index.high)):
+            size = len(loaded.index.high)
+            if total + size <= _MOST_MERGED and (everything or size <= 2 * total):
+                chosen.append(loaded)
+                total += size
+        if not chosen or (len(chosen) == 1 and not everything):
+            return
+        data = self._merged([loaded.index for loaded in chosen])
+        if data:
+            self._store.write(f"{RUNS}/{time.time_ns():020d}-{secrets.token_hex(6)}.run", data)
+        for loaded in chosen:
+            self._store.remove(loaded.index.name)
+        self.refresh()
+
+    def _merged(self, indexes: Sequence[Index]) -> bytes | None:
+        retired = {s for e in self._events.values() if e.kind == "retired" for s in e.segments}
+        headers: dict[str, SegmentHeader] = {}
+        keys, records = [], []
+        for index in indexes:
+            taken = [s.segment not in retired and s.segment not in headers for s in index.segments]
+            numbers = np.zeros(len(taken), dtype=np.uint32)
+            for n, header in enumerate(index.segments):
+                if taken[n]:
+                    numbers[n] = len(headers)
+                    headers[header.segment] = header
+            rows = np.flatnonzero(np.array(taken, dtype=bool)[index.records["segment"]])
+            part = index.records[rows]
+            part["segment"] = numbers[part["segment"]]
+            keys.append(index.keys(rows))
+            records.append(part)
+        return encode_index(list(headers.values()), np.concatenate(keys), np.concatenate(records)) if headers else None
+
+
+def _segment_numbers(loaded: _Loaded, rows: NDArray[np.int64]) -> NDArray[np.uint32]:
+    numbers: NDArray[np.uint32] = loaded.index.records["segment"][rows]
+    return numbers
+
+
+def _preferred(
+    found: Found, all_loaded: Sequence[_Loaded], mine: Callable[[], str], *, only_mine: bool
+) -> NDArray[np.int64]:
+    """Return the order of entries: by key, own device class first, then the newest; with `only_mine` no others."""
+    classes: list[str] = []
+    published = np.zeros(len(found.row), dtype=np.int64)
+    number = np.zeros(len(found.row), dtype=np.int64)
+    for source, loaded in enumerate(all_loaded):
+        here = found.source == source
+        segments = _segment_numbers(loaded, found.row[here])
+        published[here] = loaded.published[segments]
+        number[here] = segments + len(classes)
+        classes += [s.attestation.device_class for s in loaded.index.segments]
+    used = {classes[n] for n in np.unique(number)}
+    own = mine() if only_mine or len(used) > 1 else None
+    foreign = np.array([c != own for c in classes], dtype=bool)[number]
+    order = np.lexsort((-published, foreign, found.position))
+    return order[~foreign[order]] if only_mine else order
+
+
+def entry_of(key: str, index: Index, row: int) -> Entry:
+    """Return the entry that a row of an index describes."""
+    offset, nbytes, content, place, length, number = index.record(row)
+    header = index.segments[number]
+    a: Attestation = header.attestation
+    return Entry(
+        key,
+        (length, header.width) if header.layout == "per_residue" else (header.width,),
+        header.stored,
+        content.hex(),
+        length,
+        a.device_class,
+        a.seconds * (length + 2) / a.tokens if a.tokens else 0.0,
+        header.segment,
+        offset,
+        nbytes,
+        place,
+    )
+
+
+def keys_of(index: Index, segments: Iterable[str]) -> Iterator[tuple[str, Entry]]:
+    """Yield the keys and entries that an index has of some segments."""
+    numbers = [n for n, s in enumerate(index.segments) if s.segment in set(segments)]
+    rows = np.flatnonzero(np.isin(index.records["segment"], numbers))
+    for key, row in zip(key_strings(index.keys(rows)), rows, strict=True):
+        yield key, entry_of(key, index, int(row))
