@@ -86,7 +86,26 @@ class Attestation:
 
 @dataclass(frozen=True)
 class SegmentHeader:
-    """What holds for all entries of a segment."""
+    """What holds for all entries of a segment.
+
+    Attributes
+    ----------
+    segment, segment_bytes, digest
+        Its file's name, size and xxh3_128.
+    layout
+        ``per_residue`` or ``pooled``.
+    stored, width
+        The dtype and D of its arrays.
+    trunk, recipe
+        What its entries' keys were made from.
+    attestation
+        How they came to be.
+    entries
+        Their number.
+    chunk_starts
+        Per residue, where each chunk of start tokens' vectors begins.
+
+    """
 
     segment: str
     segment_bytes: int
@@ -98,6 +117,7 @@ class SegmentHeader:
     attestation: Attestation
     entries: int
     chunk_starts: tuple[int, ...] = ()
+    digest: str = ""
 
     @property
     def published(self) -> int:

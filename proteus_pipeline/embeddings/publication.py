@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import secrets
 import time
 from contextlib import suppress
@@ -16,6 +17,7 @@ from proteus_pipeline.embeddings.index import RECORD, Attestation, SegmentHeader
 from proteus_pipeline.embeddings.segment import Placed, SegmentWriter
 from proteus_pipeline.embeddings.stored import NUMPY_DTYPES, content_hash
 from proteus_pipeline.errors import StorageError
+from proteus_pipeline.identity import digests
 from proteus_pipeline.stores.files import storage_error
 
 if TYPE_CHECKING:
@@ -125,12 +127,13 @@ class Publication:
         attributes |= {"stored": self._recipe.stored, "attestation": asdict(attestation)} | more
         try:
             placed, starts = self._writer.finish(self._width, {"proteus": attributes})
-            nbytes = self._file.path.stat().st_size
+            with self._file.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as whole:
+                nbytes, digest = len(whole), digest_of(whole)
         except OSError as error:
             raise self._failed(error) from error
         header = SegmentHeader(
             f"{self.name}.zip", nbytes, self._layout, self._recipe.stored, self._width, self._trunk, described,
-            attestation, len(placed), tuple(starts) if self._layout == "per_residue" else (),
+            attestation, len(placed), tuple(starts) if self._layout == "per_residue" else (), digest,
         )  # fmt: skip
         records = to_records(placed, self._writer.lengths, self._writer.contents)
         self._file.publish()
@@ -166,6 +169,12 @@ def check_entry(recipe: Recipe, key: str, array: NDArray[np.generic], length: in
     if array.dtype != NUMPY_DTYPES[recipe.stored] or array.shape != shape:
         shown = f"{array.dtype} {array.shape}"
         raise ValueError(f"{shown} is no {recipe.pooling} array of {length} residues in {recipe.stored} ({key})")
+
+
+def digest_of(whole: mmap.mmap) -> str:
+    """Return the digest of a segment's whole file."""
+    with memoryview(whole) as view:
+        return digests.of_bytes(view)
 
 
 def to_records(placed: Sequence[Placed], lengths: Sequence[int], contents: Sequence[str]) -> NDArray[np.void]:
