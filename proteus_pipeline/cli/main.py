@@ -19,12 +19,13 @@ examples:
   proteus run embedding.layer=4 probe.folds=10    with other choices, which params.yaml then holds
   proteus embed my.fasta -o my.npz                embeddings of a file of your own
   proteus model list                              versions of the models
+  proteus verify                                  check a committed result, in a fresh clone
 
 exit codes: 0 ok, 1 error, 2 usage, 3 drift or stale, 4 integrity, 5 conflict
 """
 
 
-_VERBS = ("run", "embed", "model", "cache", "stage")
+_VERBS = ("run", "embed", "model", "cache", "verify", "stage")
 
 
 def parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:

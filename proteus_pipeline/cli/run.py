@@ -58,6 +58,10 @@ def _table(summary: RunSummary, name: str) -> str:
         cells = f"{facts['sequences']:>10}{facts['hits']:>8}{facts['derived']:>9}{facts['computed']:>10}"
         note = "  unchanged" if facts["status"] == "unchanged" else ""
         lines.append(f"  {stage:<9}{cells}{facts['seconds']:>9.1f}{note}")
+    for stage, facts in summary.stages.items():
+        if facts.get("computed") and facts.get("misses"):
+            reasons = ", ".join(f"{why} {number:,}" for why, number in facts["misses"].items())
+            lines.append(f"\n  why {stage} computed: {reasons}")
     saved = sum(facts.get("saved_seconds", 0.0) for facts in summary.stages.values())
     if saved >= 0.05:
         lines.append(f"\n  hits saved {saved:.1f} s of computing")

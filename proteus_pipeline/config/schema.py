@@ -42,6 +42,9 @@ class ProbeSection:
 class CacheSettings:
     path: str = MISSING
     accept: str = MISSING
+    shared: str | None = None
+    max_bytes: int | None = None
+    policy: str = MISSING
 
 
 @dataclass

@@ -16,29 +16,64 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from proteus_pipeline.embeddings.index import Attestation
+from proteus_pipeline.embeddings.events import make_event, write_event
+from proteus_pipeline.embeddings.index import Attestation, SegmentHeader
+from proteus_pipeline.embeddings.leases import Lease, lease
 from proteus_pipeline.embeddings.publication import Publication, check_entry
 from proteus_pipeline.embeddings.reading import Reader, ahead
 from proteus_pipeline.embeddings.recipe import Recipe
 from proteus_pipeline.embeddings.stored import NUMPY_DTYPES, to_fp32
-from proteus_pipeline.embeddings.usage import record_use, uses
+from proteus_pipeline.embeddings.usage import last_used, record_use, uses
 from proteus_pipeline.embeddings.visible import Entry, Found, Visible
-from proteus_pipeline.errors import ConfigError, IntegrityError, StorageError
+from proteus_pipeline.errors import CacheInvalidationError, ConfigError, IntegrityError, StorageError
 from proteus_pipeline.stores.store import LocalStore
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from proteus_pipeline.embeddings.checking import Audited, Verified
+    from proteus_pipeline.embeddings.computing import Embedded
+    from proteus_pipeline.embeddings.exchange import Copied
+    from proteus_pipeline.embeddings.explaining import Miss, Plan
+    from proteus_pipeline.embeddings.housekeeping import Cleaning
+    from proteus_pipeline.serving.interface import ModelInterface
+
 ACCEPT = ("any", "same_class")
+POLICIES = ("lru", "lfu", "fifo", "cost")
 # Below this, starting threads takes longer than they save.
 _WORTH_THREADS = 8 << 20
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a cache has by some weights and one recipe.
+
+    Attributes
+    ----------
+    trunk, recipe
+        Of all of it.
+    entries, segments, nbytes
+        How much.
+    used
+        When it was last read, or else written, seconds since 1970.
+
+    """
+
+    trunk: str
+    recipe: Mapping[str, Any]
+    entries: int
+    segments: int
+    nbytes: int
+    used: float
 
 
 class EmbeddingCache:
@@ -55,11 +90,15 @@ class EmbeddingCache:
         Returns this machine's class; called only where entries differ in theirs.
     shared
         Another cache's folder, beneath this one: read where this one lacks an entry, and never written.
+    max_bytes
+        What all files may take; None for no limit. Whole segments are evicted at the end of a run.
+    policy
+        By which: a name in `proteus_pipeline.eviction.policies.POLICIES`, but for ``ttl``.
 
     Raises
     ------
     ConfigError
-        For an unknown `accept`.
+        For an unknown `accept` or `policy`, or a limit that is none.
 
     """
 
@@ -70,9 +109,16 @@ class EmbeddingCache:
         accept: str = "any",
         device_class: Callable[[], str] | None = None,
         shared: Path | str | None = None,
+        max_bytes: int | None = None,
+        policy: str = "lru",
     ) -> None:
         if accept not in ACCEPT:
             raise ConfigError(f"cache.accept is {accept!r}", f"use one of {', '.join(ACCEPT)}")
+        if max_bytes is not None and max_bytes < 1:
+            raise ConfigError(f"cache.max_bytes is {max_bytes}", "use a number of bytes above 0, or null for no limit")
+        if policy not in POLICIES:
+            raise ConfigError(f"cache.policy is {policy!r}", f"use one of {', '.join(POLICIES)}")
+        self._max_bytes, self._policy = max_bytes, policy
         self.path = Path(path)
         self.store = LocalStore(self.path)
         self.visible = Visible(self.store)
@@ -96,6 +142,12 @@ class EmbeddingCache:
         self.visible.refresh()
         if self._visible_beneath:
             self._visible_beneath.refresh()
+
+    def all_segments(self) -> list[SegmentHeader]:
+        """Return the segments that have visible entries, here and beneath."""
+        self.refresh()
+        beneath = self._visible_beneath.segments() if self._visible_beneath else {}
+        return list((beneath | self.visible.segments()).values())
 
     def look_up(self, keys: Sequence[str]) -> list[Found]:
         """Return what this cache, and the shared one beneath it, have of some keys; nothing is read.
@@ -191,6 +243,12 @@ class EmbeddingCache:
             Of a per-residue embedding, the residues wanted; all where None.
 
         """
+        if self._accept == "any" and residues is None:
+            self.visible.refresh_events()
+            place = self.visible.locate_one(key)
+            vector = self._reader.vector(*place) if place else None
+            if vector is not None:
+                return vector
         found = self.find_one(key)
         if found is None:
             return None
@@ -226,6 +284,8 @@ class EmbeddingCache:
         unique = list(dict.fromkeys(keys))
         parts = self.look_up(unique)
         kinds = {(h.stored, h.width, h.layout) for part in parts for h in part.headers()}
+        if not kinds and unique:
+            raise StorageError(f"{unique[0]} and {len(unique) - 1} others are not in {self.path}", "compute them")
         if len(kinds) != 1 or next(iter(kinds))[2] != "pooled":
             raise ConfigError(f"embeddings of {len(kinds)} kinds make no table", "ask for pooled ones of one recipe")
         ((stored, width, _),) = kinds
@@ -244,6 +304,25 @@ class EmbeddingCache:
             gone = unique[int(np.argmax(left))]
             raise StorageError(f"{gone} and {left.sum() - 1} others are not in {self.path}", "compute them")
         return table if len(unique) == len(keys) else table[[places[key] for key in keys]]
+
+    def view(self, key: str) -> NDArray[np.generic] | None:
+        """Return a pooled embedding as it lies in its file, (D,) in its stored dtype, read-only and mapped; None for a miss.
+
+        Nothing is copied: of many views, the system keeps in memory what was looked at. It is checked once, here.
+
+        Raises
+        ------
+        ConfigError
+            For an embedding per residue: it is compressed, and has to be read.
+        StorageError
+            When its segment can't be mapped.
+
+        """
+        self.refresh()
+        entry = self.visible.find_one(key)
+        if entry is None:
+            entry = next((e for found in self.look_up([key]) for e in found.best()), None)
+        return None if entry is None else self._reader.view(entry)
 
     def _sound(self, key: str) -> NDArray[np.generic]:
         """Return a key's array from whichever entry of it is sound."""
@@ -318,6 +397,209 @@ class EmbeddingCache:
                 self.visible.merge()
         except StorageError as error:
             _log.warning("%s", error)
+
+    def hold(self) -> AbstractContextManager[Lease]:
+        """Hold what a run reads and writes until the body ends: nobody evicts or collects it."""
+        return lease(self.path)
+
+    def fit(self) -> Cleaning:
+        """Evict what the byte budget has no room for; nothing where there is no budget.
+
+        Raises
+        ------
+        StorageError
+            When the cache can't be written.
+
+        """
+        from proteus_pipeline.embeddings.housekeeping import Cleaning, shrink
+
+        return Cleaning() if self._max_bytes is None else shrink(self, self._max_bytes, self._policy)
+
+    def get_or_compute(
+        self, sequences: Sequence[str], model: ModelInterface, recipe: Recipe, *, device: str = "cpu"
+    ) -> list[NDArray[np.float32]]:
+        """Return embeddings, (D,) or (L, D) fp32 each, in the order of the sequences: stored, derived or computed now.
+
+        Parameters
+        ----------
+        sequences
+            Normalised: upper case, no rule left to apply.
+        model
+            Whose weights; loaded only where something must be computed.
+        recipe
+            What to compute.
+        device
+            Where.
+
+        Raises
+        ------
+        StorageError
+            When the cache can't be read or written, or the weights not be fetched.
+        ConfigError
+            For a layer that the model does not have.
+
+        """
+        from proteus_pipeline.embeddings.embedder import embed
+        from proteus_pipeline.models.device import attested
+
+        trunk = model.checkpoint.trunk_digest
+        outcome = embed(
+            sequences,
+            trunk=trunk,
+            recipe=recipe,
+            cache=self,
+            encoder=lambda: model.encoder(precision=recipe.precision, numerics=recipe.numerics, device=device),
+            attest=lambda: attested(device),
+        )
+        keys = [e.key for e in outcome.entries]
+        arrays = {entry.key: to_fp32(array, entry.stored) for entry, array in self.find(keys)}
+        return [arrays[key] for key in keys]
+
+    def plan(self, sequences: Sequence[str], trunk: str, recipe: Recipe, width: int, device_class: str = "") -> Plan:
+        """Return what embedding sequences would take: `proteus_pipeline.embeddings.explaining.plan`."""
+        from proteus_pipeline.embeddings.explaining import plan
+
+        return plan(self, sequences, trunk, recipe, width, device_class)
+
+    def explain(self, sequences: Iterable[str], trunk: str, recipe: Recipe) -> list[Miss]:
+        """Say of each sequence that is a miss why: `proteus_pipeline.embeddings.explaining.explain`."""
+        from proteus_pipeline.embeddings.explaining import explain
+
+        return explain(self, sequences, trunk, recipe)
+
+    def verify(self, *, repair: bool = False) -> Verified:
+        """Compare all that is stored with its checksums: `proteus_pipeline.embeddings.checking.verify`."""
+        from proteus_pipeline.embeddings.checking import verify
+
+        return verify(self, repair=repair)
+
+    def audit(
+        self, sequences: Sequence[str], model: ModelInterface, recipe: Recipe, *, sample: int = 20, device: str = "cpu"
+    ) -> list[Audited]:
+        """Compute a sample of what is stored once more: `proteus_pipeline.embeddings.checking.audit`."""
+        from proteus_pipeline.embeddings.checking import audit
+        from proteus_pipeline.embeddings.computing import compute
+        from proteus_pipeline.models.device import device_class
+
+        def again(missing: Mapping[str, str]) -> Iterator[tuple[str, NDArray[np.generic]]]:
+            encoder = model.encoder(precision=recipe.precision, numerics=recipe.numerics, device=device)
+            return ((done.key, done.array) for done in compute(encoder, recipe, missing))
+
+        trunk, here = model.checkpoint.trunk_digest, device_class(device)
+        return audit(self, sequences, trunk, recipe, compute=again, device_class=here, sample=sample)
+
+    def invalidate(self, trunk: str, reason: str, *, dry_run: bool = False, **recipe: Any) -> int:
+        """Hide all entries of some weights, or of those recipes that agree in the fields given, from every reader at once.
+
+        Parameters
+        ----------
+        trunk
+            The trunk digest.
+        reason
+            Why; shown by `explain`.
+        dry_run
+            Only count.
+        recipe
+            Such as ``layer=6``.
+
+        Returns
+        -------
+        int
+            How many entries were hidden; where there are none, no event is written.
+
+        Raises
+        ------
+        CacheInvalidationError
+            When it can't be carried out: the entries are seen as before.
+
+        """
+        try:
+            self.refresh()
+            event = make_event("invalidated", reason, trunk=trunk, recipe=recipe)
+            hidden = sum(h.entries for h in self.visible.segments().values() if event.hides(h))
+            beneath = self._visible_beneath.segments().values() if self._visible_beneath else ()
+            hidden += sum(h.entries for h in beneath if event.hides(h))
+            if hidden and not dry_run:
+                write_event(self.store, event)
+        except StorageError as error:
+            raise CacheInvalidationError(f"nothing was invalidated: {error.what}", error.remedy) from error
+        return hidden
+
+    def contents(self) -> list[Content]:
+        """Return what there is by weights and recipe, the largest first."""
+        self.refresh()
+        used = last_used(self.path)
+        kinds: dict[tuple[str, ...], list[SegmentHeader]] = {}
+        for header in self.visible.segments().values():
+            described = tuple(f"{k}={v}" for k, v in sorted(header.recipe.items()))
+            kinds.setdefault((header.trunk, *described), []).append(header)
+        found = [
+            Content(
+                headers[0].trunk,
+                headers[0].recipe,
+                sum(h.entries for h in headers),
+                len(headers),
+                sum(h.segment_bytes for h in headers),
+                max(used.get(h.segment, h.published / 1e9) for h in headers),
+            )
+            for headers in kinds.values()
+        ]
+        return sorted(found, key=lambda c: -c.nbytes)
+
+    def gc(
+        self, *, trunks: Collection[str] | None = None, grace_seconds: float | None = None, dry_run: bool = False
+    ) -> Cleaning:
+        """Remove what nobody can reach, and write small segments together.
+
+        Parameters
+        ----------
+        trunks
+            Trunk digests of the weights that somebody has; None where that is not known.
+        grace_seconds
+            What is younger stays; two weeks where None.
+        dry_run
+            Only say what would go.
+
+        Raises
+        ------
+        StorageError
+            When the cache can't be read or written.
+
+        """
+        from proteus_pipeline.embeddings import housekeeping
+
+        grace = housekeeping.GRACE_SECONDS if grace_seconds is None else grace_seconds
+        cleaning = housekeeping.plan_collection(self, trunks=trunks, grace=grace)
+        if not dry_run:
+            housekeeping.collect(self, cleaning)
+            housekeeping.compact(self)
+            self.fit()
+        return cleaning
+
+    def push(self, target: Path | str, *, trunk: str = "", dry_run: bool = False) -> Copied:
+        """Copy what another cache lacks to it: `proteus_pipeline.embeddings.exchange.copy`; of one trunk where given."""
+        from proteus_pipeline.embeddings.exchange import copy
+
+        return copy(self.store, LocalStore(target), wanted=lambda h: trunk in {"", h.trunk}, dry_run=dry_run)
+
+    def pull(self, source: Path | str, *, trunk: str = "", dry_run: bool = False) -> Copied:
+        """Copy what this cache lacks from another one: as `push`."""
+        from proteus_pipeline.embeddings.exchange import copy
+
+        return copy(LocalStore(source), self.store, wanted=lambda h: trunk in {"", h.trunk}, dry_run=dry_run)
+
+    def preload(self, keys: Iterable[str]) -> int:
+        """Ask the system to have the segments of some keys in memory soon; return how many segments those are."""
+        segments = {e.segment for entries in self.candidates(list(keys)).values() for e in entries[:1]}
+        for segment in segments:
+            self.store.prefetch(f"seg/{segment}")
+        return len(segments)
+
+    def export(self, path: Path, ids: Sequence[str], entries: Sequence[Embedded]) -> None:
+        """Write embeddings to a file of their own: `proteus_pipeline.embeddings.export.export`."""
+        from proteus_pipeline.embeddings.export import export
+
+        export(path, self, ids, entries)
 
     def record_use(self, hits: int, derived: int, misses: int, read: Iterable[Entry] = ()) -> None:
         """Add a run's look-ups to the cache's own account, with the entries that it read."""

@@ -84,7 +84,10 @@ def _from(
     if recipe.pooling == "cls":
         start = _start(cache, entry)
         return None if start is None else (to_stored(start, recipe.stored), None)
-    return to_stored(pool_residues(values, recipe.pooling), recipe.stored), None
+    pooled = pool_residues(values, recipe.pooling)
+    if source.stored != "fp32" and not pooled.all():
+        return None  # small numbers of either sign were rounded to zeros, and the greatest one's sign is lost
+    return to_stored(pooled, recipe.stored), None
 
 
 def _start(cache: EmbeddingCache, entry: Entry) -> NDArray[np.float32] | None:

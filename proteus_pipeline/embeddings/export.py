@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from proteus_pipeline.embeddings import writers
 from proteus_pipeline.embeddings.cache import EmbeddingCache
-from proteus_pipeline.embeddings.embedder import Embedded
+from proteus_pipeline.embeddings.computing import Embedded
 from proteus_pipeline.embeddings.selection import Selection
 from proteus_pipeline.errors import ConfigError, StorageError
 from proteus_pipeline.models.pooling import POOLINGS

@@ -1,18 +1,21 @@
 """The manifest: what an embed stage made, in a small file whose bytes change when a number does.
 
-It holds content hashes, not vectors; those are in the cache.
+It holds content hashes and sketches, not vectors; those are in the cache. So a clone can tell from git alone whether it
+computes the same, and where other bits are right, on another device class, how far they are apart.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from proteus_pipeline.embeddings.cache import EmbeddingCache
-from proteus_pipeline.embeddings.embedder import Embedded
+from proteus_pipeline.embeddings.computing import Embedded
+from proteus_pipeline.embeddings.sketch import PROJECTIONS, Sketch, sketch
 from proteus_pipeline.embeddings.stored import to_fp32
 from proteus_pipeline.errors import IntegrityError, StorageError
 from proteus_pipeline.stores.files import storage_error, write_atomic
@@ -25,6 +28,14 @@ FORMAT = 1
 DEFAULT_CACHE = ".proteus/cache"
 
 
+@dataclass(frozen=True, slots=True)
+class Listed(Embedded):
+    """A manifest's row: an embedding, the device class that computed it, and its sketch."""
+
+    device_class: str
+    sketch: Sketch
+
+
 @dataclass(frozen=True)
 class Manifest:
     """A list of embeddings by sequence id, all by the same weights and recipe."""
@@ -32,16 +43,55 @@ class Manifest:
     trunk: str
     recipe: dict[str, Any]
     ids: tuple[str, ...]
-    entries: tuple[Embedded, ...]
+    entries: tuple[Listed, ...]
+
+
+def listed(cache: EmbeddingCache, entries: Sequence[Embedded]) -> list[Listed]:
+    """Return what a manifest says of embeddings that are in a cache.
+
+    Raises
+    ------
+    StorageError
+        When one is not there any more.
+
+    """
+    wanted = {e.key: e for e in entries}
+    rows: dict[str, Listed] = {}
+    for entry, array in cache.find(wanted):
+        if entry.content != wanted[entry.key].content:
+            continue  # since these were made, another device class's came first
+        e = wanted[entry.key]
+        rows[e.key] = Listed(e.key, e.shape, e.stored, e.content, entry.device_class, sketch(array, e.stored))
+    for key, found in cache.candidates([key for key in wanted if key not in rows]).items():
+        for entry in found:
+            if entry.content == wanted[key].content:
+                e, made = wanted[key], sketch(cache.read(entry), entry.stored)
+                rows[key] = Listed(e.key, e.shape, e.stored, e.content, entry.device_class, made)
+                break
+    if gone := [key for key in wanted if key not in rows]:
+        raise StorageError(f"{len(gone)} of {len(wanted)} embeddings are gone from {cache.path} again", "run it again")
+    return [rows[e.key] for e in entries]
 
 
 def write_manifest(
-    path: Path, trunk: str, recipe: dict[str, Any], ids: Sequence[str], entries: Sequence[Embedded]
+    path: Path, trunk: str, recipe: dict[str, Any], ids: Sequence[str], entries: Sequence[Listed]
 ) -> None:
-    """Write a manifest, one sequence a line: the same bytes for the same numbers."""
-    head = json.dumps({"format": FORMAT, "trunk": trunk, "recipe": recipe}, sort_keys=True)
+    """Write a manifest, one sequence a line: the same bytes for the same numbers of the same origin."""
+    classes = sorted({e.device_class for e in entries})
+    about = {"format": FORMAT, "trunk": trunk, "recipe": recipe, "device_classes": classes}
+    head = json.dumps(about, sort_keys=True)
     rows = [
-        json.dumps({"id": i, "key": e.key, "shape": list(e.shape), "dtype": e.stored, "content": e.content})
+        json.dumps(
+            {
+                "id": i,
+                "key": e.key,
+                "shape": list(e.shape),
+                "dtype": e.stored,
+                "content": e.content,
+                "device_class": classes.index(e.device_class),
+                "sketch": e.sketch,
+            }
+        )
         for i, e in zip(ids, entries, strict=True)
     ]
     text = f'{head[:-1]}, "sequences": [\n' + ",\n".join(rows) + "\n]}\n"
@@ -72,10 +122,28 @@ def read_manifest(path: Path) -> Manifest:
                 f"{path} has format {value['format']}, and this proteus reads {FORMAT}", "run: dvc repro embed"
             )
         rows = value["sequences"]
-        entries = tuple(Embedded(r["key"], tuple(r["shape"]), r["dtype"], r["content"]) for r in rows)
-        return Manifest(value["trunk"], value["recipe"], tuple(r["id"] for r in rows), entries)
-    except (ValueError, KeyError, TypeError) as error:
-        raise IntegrityError(f"{path} is damaged ({error})", "run: dvc repro --force --single-item embed") from error
+        entries = tuple(_row(r, value["device_classes"]) for r in rows)
+        return Manifest(_text(value["trunk"]), dict(value["recipe"]), tuple(_text(r["id"]) for r in rows), entries)
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        what = f"no {error}" if isinstance(error, KeyError) else error
+        raise IntegrityError(f"{path} is damaged ({what})", "run: dvc repro --force --single-item embed") from error
+
+
+def _row(row: dict[str, Any], classes: list[str]) -> Listed:
+    numbers = tuple(_text(number) for number in row["sketch"])
+    if len(numbers) != PROJECTIONS + 1 or not all(math.isfinite(float(number)) for number in numbers):
+        raise ValueError(f"{numbers} is no sketch")
+    number = row["device_class"]
+    if type(number) is not int or number < 0:
+        raise ValueError(f"{number!r} is no device class's number")
+    shape = tuple(int(n) for n in row["shape"])
+    return Listed(_text(row["key"]), shape, _text(row["dtype"]), _text(row["content"]), _text(classes[number]), numbers)
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no text")
+    return value
 
 
 def load_embeddings(

@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from proteus_pipeline.embeddings import segment as segment_file
 from proteus_pipeline.embeddings.publication import SEGMENTS
-from proteus_pipeline.embeddings.stored import NUMPY_DTYPES, content_hash
-from proteus_pipeline.errors import IntegrityError, StorageError
+from proteus_pipeline.embeddings.stored import NUMPY_DTYPES, content_hash, to_fp32
+from proteus_pipeline.errors import ConfigError, IntegrityError, StorageError
 from proteus_pipeline.identity import digests
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from proteus_pipeline.embeddings.index import SegmentHeader
+    from proteus_pipeline.embeddings.index import Index, SegmentHeader
     from proteus_pipeline.embeddings.visible import Entry
     from proteus_pipeline.stores.store import Store
 
@@ -26,6 +26,15 @@ T = TypeVar("T")
 R = TypeVar("R")
 _READING = 2
 _REPAIR = "run: proteus cache verify --repair"
+
+
+class _Vectors(NamedTuple):
+    """What reading a vector of a segment takes."""
+
+    name: str
+    stored: str
+    dtype: np.dtype[Any]
+    hashed: Callable[[digests.Buffer], str]
 
 
 class Reader:
@@ -40,6 +49,7 @@ class Reader:
 
     def __init__(self, stores: Sequence[Store]) -> None:
         self._stores = stores
+        self._vectors: dict[str, _Vectors] = {}
 
     def array(self, entry: Entry) -> NDArray[np.generic]:
         """Return an entry's array in its stored dtype, checked against its checksum and its content hash.
@@ -54,7 +64,8 @@ class Reader:
         """
         data = self._bytes(entry.segment, entry.offset, entry.nbytes)
         if len(entry.shape) == 1:
-            array: NDArray[np.generic] = np.frombuffer(data, dtype=NUMPY_DTYPES[entry.stored])
+            whole = len(data) - len(data) % NUMPY_DTYPES[entry.stored].itemsize  # of a damaged index's number of bytes
+            array: NDArray[np.generic] = np.frombuffer(data[:whole], dtype=NUMPY_DTYPES[entry.stored])
         else:
             array = segment_file.decode_entry(data, entry.stored, entry.shape, self._place(entry.segment))
         if content_hash(array, entry.stored) != entry.content:
@@ -80,6 +91,35 @@ class Reader:
         data = self._bytes(entry.segment, header.chunk_starts[chunk], nbytes)
         vector = segment_file.decode_rows(data, entry.stored, header.width, self._place(entry.segment))[row]
         return vector if vector.any() else None  # zeros stand for a vector that nobody had
+
+    def view(self, entry: Entry) -> NDArray[np.generic]:
+        """Return a pooled entry's array as it lies in its file, mapped and read-only, checked against its content hash.
+
+        Raises
+        ------
+        ConfigError
+            For an entry per residue: it is compressed.
+        IntegrityError
+            When the bytes are not what was written.
+        StorageError
+            When they are gone or can't be mapped.
+
+        """
+        if len(entry.shape) != 1:
+            raise ConfigError("an embedding per residue is compressed, and can't be mapped", "read it: get")
+        name = f"{SEGMENTS}/{entry.segment}"
+        for store in self._stores:
+            try:
+                mapped = store.map(name)
+            except FileNotFoundError:
+                continue
+            if len(mapped) < entry.offset + entry.nbytes:
+                raise IntegrityError(f"{store.location}/{name} is truncated", _REPAIR)
+            array = np.frombuffer(mapped, NUMPY_DTYPES[entry.stored], entry.shape[0], entry.offset)
+            if content_hash(array, entry.stored) != entry.content:
+                raise IntegrityError(f"entry {entry.key} in {store.location}/{name} is damaged", _REPAIR)
+            return array
+        raise StorageError(f"{self._place(entry.segment)} is gone", _REPAIR)
 
     def rows(self, segment: str, offsets: list[int], contents: list[str], table: NDArray[np.generic]) -> list[int]:
         """Read vectors of one segment into a table's rows, and return the rows that are not what was written.
@@ -107,6 +147,29 @@ class Reader:
             pairs = zip(buffers, contents, strict=True)
             return [i for i, (b, content) in enumerate(pairs) if not whole[i] or hashed(b) != content]
         return list(range(len(offsets)))
+
+    def vector(self, index: Index, row: int) -> NDArray[np.float32] | None:
+        """Return the pooled embedding of an index's row as fp32, checked; None where that takes more than one look.
+
+        In the first store alone, and without an `Entry`: that took twice as long (measured: 30 us).
+        """
+        offset, nbytes, content, _, _, number = index.record(row)
+        header = index.segments[number]
+        known = self._vectors.get(header.segment)
+        if known is None:
+            if header.layout != "pooled":
+                return None
+            hashed = digests.hasher_of_content(header.stored, (header.width,))
+            known = self._vectors[header.segment] = _Vectors(
+                f"{SEGMENTS}/{header.segment}", header.stored, NUMPY_DTYPES[header.stored], hashed
+            )
+        name, stored, dtype, hashed = known
+        try:
+            data = self._stores[0].read(name, offset, nbytes)
+        except (FileNotFoundError, StorageError):
+            return None
+        # The hash covers the number of bytes too.
+        return to_fp32(np.frombuffer(data, dtype), stored) if hashed(data) == content.hex() else None
 
     def _bytes(self, segment: str, offset: int, nbytes: int) -> bytes:
         name = f"{SEGMENTS}/{segment}"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from proteus_pipeline.embeddings.cache import EmbeddingCache
-from proteus_pipeline.embeddings.embedder import Embedded
+from proteus_pipeline.embeddings.computing import Embedded
 from proteus_pipeline.embeddings.stored import to_fp32
 from proteus_pipeline.errors import StorageError
 

@@ -43,9 +43,10 @@ def record_use(folder: Path, hits: int, derived: int, misses: int, segments: Map
     value = {"time": when, "hits": hits, "derived": derived, "misses": misses, "segments": dict(segments)}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # One short write to a file opened for appending: lines of several processes do not mix.
+        # One short write to a file opened for appending: lines of several processes do not mix. An end of line in front:
+        # what a crash cut short takes no other along.
         with (folder / _NAME).open("ab", buffering=0) as file:
-            file.write((json.dumps(value) + "\n").encode())
+            file.write(f"\n{json.dumps(value)}\n".encode())
     except OSError as error:
         _log.warning("%s", storage_error("write", folder / _NAME, error))
 

@@ -6,7 +6,7 @@ import logging
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
@@ -20,11 +20,12 @@ from proteus_pipeline.embeddings.index import (
     Attestation,
     Index,
     SegmentHeader,
-    encode_index,
     key_array,
     key_strings,
+    merge_indexes,
 )
 from proteus_pipeline.errors import StorageError
+from proteus_pipeline.stores.files import storage_error
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -35,7 +36,8 @@ INDEXES, RUNS = "index", "runs"
 _KINDS = {INDEXES: ".idx", RUNS: ".run"}
 # So many index files are merged into a run, with the runs that are not much larger: look-ups stay a few searches.
 MERGE_AT = 4
-_MOST_MERGED = 4_000_000
+# A run of 1 GB, which is written in some seconds.
+_MOST_MERGED = 1 << 24
 _ATTEMPTS = 20
 _log = logging.getLogger(__name__)
 
@@ -146,6 +148,8 @@ class Found:
         first = np.flatnonzero(np.diff(self.position, prepend=-1))
         for source, index in enumerate(self.indexes):
             here = first[self.source[first] == source]
+            if not len(here):
+                continue
             records = index.records[self.row[here]]
             order = np.lexsort((records["offset"], records["segment"]))
             here, records = here[order], records[order]
@@ -218,9 +222,13 @@ class Visible:
         }
 
     def header(self, segment: str) -> SegmentHeader | None:
-        """Return what holds for a segment's entries, or None where no index names it."""
+        """Return what holds for a segment's entries, or None where no index names it, or one that does is damaged.
+
+        Whoever asks will trust an entry's row, which no content hash covers.
+        """
         if self._headers is None:
-            self._headers = self.segments(hidden=True)
+            unsound = {s.segment for index in self.indexes if not index.checked for s in index.segments}
+            self._headers = {name: h for name, h in self.segments(hidden=True).items() if name not in unsound}
         return self._headers.get(segment)
 
     def residues(self) -> Counter[str]:
@@ -228,7 +236,8 @@ class Visible:
         totals: Counter[str] = Counter()
         seen: set[str] = set()
         for index in self.indexes:
-            sums = np.bincount(index.records["segment"], index.records["length"], len(index.segments))
+            numbers = np.minimum(index.records["segment"], len(index.segments))  # damage may be any number
+            sums = np.bincount(numbers, index.records["length"], len(index.segments))
             for header, total in zip(index.segments, sums, strict=False):
                 if header.segment not in seen:  # merged by two at the same time
                     totals[header.segment] += int(total)
@@ -275,6 +284,8 @@ class Visible:
                 with suppress(FileNotFoundError):  # removed since
                     self._events[name] = read_event(self._store, name)
             self._marks[folder] = mark
+        elif self._above is None:
+            return  # on the way of every single read
         applied = self.event_names
         if applied != self._applied:
             for loaded in self._loaded.values():
@@ -312,8 +323,8 @@ class Visible:
                 continue
             for segment, keys in event.segments.items():
                 if segment in numbers and keys:
-                    rows = index.find(key_array(sorted(keys)))
-                    dead += [int(r) for r in rows if r >= 0 and index.records["segment"][r] == numbers[segment]]
+                    _, rows, its = index.locate(key_array(sorted(keys)))
+                    dead += rows[its == numbers[segment]].tolist()
         loaded.dead = np.array(sorted(dead), dtype=np.int64)
         # What was not checked when it was opened is looked at row by row.
         loaded.whole = not dead and not loaded.hidden.any() and index.nbytes <= CHECKED_BYTES
@@ -332,7 +343,7 @@ class Visible:
 
         """
         wanted = key_array(keys)
-        order = np.lexsort((wanted["low"], wanted["high"]))  # neighbours in a search are neighbours in memory
+        order = np.argsort(wanted["high"])  # neighbours in a search are neighbours in memory
         ordered = wanted[order]
         all_loaded = [loaded for loaded in self._loaded.values() if loaded]
         parts = [self._rows(loaded, ordered) for loaded in all_loaded]
@@ -342,7 +353,7 @@ class Visible:
         source = np.repeat(np.arange(len(parts)), [len(p) for p, _ in parts])
         position = order[place]
         found = Found(keys, position, source, row, [loaded.index for loaded in all_loaded])
-        sort = np.argsort(position, kind="stable")
+        sort = np.argsort(position)
         repeated = len(position) > 1 and bool((np.diff(position[sort]) == 0).any())
         if only_mine or repeated:
             sort = _preferred(found, all_loaded, mine, only_mine=only_mine)
@@ -353,6 +364,11 @@ class Visible:
 
         None also where the key has no entry that was seen at the last `refresh`.
         """
+        place = self.locate_one(key)
+        return entry_of(key, *place) if place else None
+
+    def locate_one(self, key: str) -> tuple[Index, int] | None:
+        """Return the index that has what `find_one` returns, and its row there."""
         if self._newest is None:
             classes = {s.attestation.device_class for one in self._loaded.values() if one for s in one.index.segments}
             newest = (one for one in self._loaded.values() if one and len(one.published))
@@ -361,7 +377,7 @@ class Visible:
         for one in self._newest:
             row = one.index.find_one(high, low)
             if row >= 0 and (one.whole or one.shows(row)):
-                return entry_of(key, one.index, row)
+                return one.index, row
         return None
 
     @staticmethod
@@ -369,13 +385,13 @@ class Visible:
         """Return the places of the keys that an index has and shows, and their rows."""
         if not len(loaded.index.high):
             return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
-        rows = loaded.index.find(ordered)
+        place, rows, numbers = loaded.index.locate(ordered)
         # A number beyond the segments is damage in a run that was too large to be checked when it was opened.
-        place = np.flatnonzero((rows >= 0) & (_segment_numbers(loaded, rows) < len(loaded.index.segments)))
-        rows = rows[place]
+        known = numbers < len(loaded.index.segments)
         if loaded.hidden.any():
-            shown = ~loaded.hidden[_segment_numbers(loaded, rows)]
-            place, rows = place[shown], rows[shown]
+            known[known] = ~loaded.hidden[numbers[known]]
+        if not known.all():
+            place, rows = place[known], rows[known]
         if len(loaded.dead):
             alive = ~np.isin(rows, loaded.dead)
             place, rows = place[alive], rows[alive]
@@ -396,40 +412,39 @@ class Visible:
             When the run can't be written.
 
         """
-        chosen = [loaded for name, loaded in self._loaded.items() if loaded and name.startswith(f"{INDEXES}/")]
-        total = sum(len(loaded.index.high) for loaded in chosen)
-        runs = [loaded for name, loaded in self._loaded.items() if loaded and name.startswith(f"{RUNS}/")]
-        for loaded in sorted(runs, key=lambda r: len(r.index.high)):
-            size = len(loaded.index.high)
-            if total + size <= _MOST_MERGED and (everything or size <= 2 * total):
-                chosen.append(loaded)
-                total += size
-        if not chosen or (len(chosen) == 1 and not everything):
+        # What is damaged would get a checksum that says it is sound.
+        sound = {name: one.index for name, one in self._loaded.items() if one and one.index.checked}
+        new, runs = (
+            {name: len(index.high) for name, index in sound.items() if name.startswith(f"{folder}/")}
+            for folder in (INDEXES, RUNS)
+        )
+        chosen = [sound[name] for name in to_merge(new, runs, everything=everything)]
+        if not chosen:
             return
-        data = self._merged([loaded.index for loaded in chosen])
-        if data:
-            self._store.write(f"{RUNS}/{time.time_ns():020d}-{secrets.token_hex(6)}.run", data)
-        for loaded in chosen:
-            self._store.remove(loaded.index.name)
+        retired = {s for e in self._events.values() if e.kind == "retired" for s in e.segments}
+        file = self._store.begin(f"{RUNS}/{time.time_ns():020d}-{secrets.token_hex(6)}.run")
+        try:
+            if merge_indexes(file.path, chosen, retired):
+                file.publish()
+        except StorageError:
+            raise  # it says already what it is about
+        except OSError as error:
+            raise storage_error("write", file.path, error) from error
+        finally:
+            file.discard()
+        for index in chosen:
+            self._store.remove(index.name)
         self.refresh()
 
-    def _merged(self, indexes: Sequence[Index]) -> bytes | None:
-        retired = {s for e in self._events.values() if e.kind == "retired" for s in e.segments}
-        headers: dict[str, SegmentHeader] = {}
-        keys, records = [], []
-        for index in indexes:
-            taken = [s.segment not in retired and s.segment not in headers for s in index.segments]
-            numbers = np.zeros(len(taken), dtype=np.uint32)
-            for n, header in enumerate(index.segments):
-                if taken[n]:
-                    numbers[n] = len(headers)
-                    headers[header.segment] = header
-            rows = np.flatnonzero(np.array(taken, dtype=bool)[index.records["segment"]])
-            part = index.records[rows]
-            part["segment"] = numbers[part["segment"]]
-            keys.append(index.keys(rows))
-            records.append(part)
-        return encode_index(list(headers.values()), np.concatenate(keys), np.concatenate(records)) if headers else None
+
+def to_merge(new: Mapping[str, int], runs: Mapping[str, int], *, everything: bool = False) -> list[str]:
+    """Return which indexes and runs, of so many entries each, are to become one run: all new ones, and small runs."""
+    chosen, total = list(new), sum(new.values())
+    for name, size in sorted(runs.items(), key=lambda run: run[1]):
+        if total + size <= _MOST_MERGED and (everything or size <= 2 * total):
+            chosen.append(name)
+            total += size
+    return chosen if len(chosen) > 1 or everything else []
 
 
 def _segment_numbers(loaded: _Loaded, rows: NDArray[np.int64]) -> NDArray[np.uint32]:

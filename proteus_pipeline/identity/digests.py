@@ -21,6 +21,9 @@ Buffer = bytes | bytearray | memoryview
 
 SCHEMA = 1
 
+Hasher = xxhash.xxh3_128
+"""`of_bytes` of what does not fit into memory: ``update``, then ``hexdigest``."""
+
 
 def of_bytes(data: Buffer) -> str:
     """Return the plain xxh3_128 of some bytes, with no kind: for checksums of files and tensors' bytes."""

@@ -53,6 +53,15 @@ class Architecture:
     def head_width(self) -> int:
         return self.width // self.heads
 
+    def flops(self, length: int) -> float:
+        """Return the floating-point operations that a sequence of `length` residues takes.
+
+        A token takes 24 D^2 + 4 (L + 2) D in each block, with a feed-forward of 4 D: two for each product and sum.
+        """
+        tokens = length + 2
+        products = 2 * self.width * (4 * self.width + 2 * self.ffn_width)
+        return float(tokens * self.layers * (products + 4 * tokens * self.width))
+
     def identity(self) -> dict[str, object]:
         """Return what enters a component's digest."""
         return {

@@ -53,6 +53,13 @@ def device_class(device: str) -> str:
     return f"cpu/{platform.machine()}/{torch.backends.cpu.get_cpu_capability()}/{_cpu_vendor()}"
 
 
+def attested(device: str) -> tuple[str, str]:
+    """Return what an attestation says of a device: its class, and torch's version."""
+    import torch
+
+    return device_class(device), str(torch.__version__)
+
+
 def matmul_rate(device: str, dtype: torch.dtype) -> float:
     """Measure the rate of a large matrix product, FLOP/s, on all of torch's threads: the best of some tenths of a second."""
     import torch

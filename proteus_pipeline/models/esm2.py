@@ -266,13 +266,8 @@ class Esm2Encoder:
         return logits
 
     def flops(self, length: int) -> float:
-        """Return the floating-point operations that a sequence of `length` residues takes.
-
-        A token takes 24 D^2 + 4 (L + 2) D in each block, with a feed-forward of 4 D: two for each product and sum.
-        """
-        a, tokens = self.architecture, length + 2
-        products = 2 * a.width * (4 * a.width + 2 * a.ffn_width)
-        return float(tokens * a.layers * (products + 4 * tokens * a.width))
+        """Return the floating-point operations that a sequence of `length` residues takes."""
+        return self.architecture.flops(length)
 
     def peak(self) -> float:
         """Return the rate of one large matrix product here and now, in this precision, FLOP/s."""

@@ -8,13 +8,14 @@ from typing import Any
 
 from proteus_pipeline.config.composition import PARAMS, compose, overlay, read_params
 from proteus_pipeline.config.overrides import parse
-from proteus_pipeline.embeddings.embedder import Outcome, Progress
+from proteus_pipeline.embeddings.computing import Progress
+from proteus_pipeline.embeddings.embedder import Outcome
 from proteus_pipeline.embeddings.export import FORMAT, check_target, export
 from proteus_pipeline.errors import ConfigError
-from proteus_pipeline.sequences.fasta import read_fasta
+from proteus_pipeline.sequences.fasta import Record, read_fasta
 from proteus_pipeline.sequences.rules import clean
 from proteus_pipeline.stages.compose import recipe_of, resolve_stages, rules_of
-from proteus_pipeline.stages.embed import described, embed_records
+from proteus_pipeline.stages.embed import embed_records
 from proteus_pipeline.stages.project import Project
 
 
@@ -36,16 +37,7 @@ def embed_file(
     """
     if output is not None:
         check_target(output)
-    changes = parse(overrides)
-    data = changes.get("data", {})
-    if isinstance(data, dict):  # else compose says what is wrong with it
-        if "fasta" in data:
-            raise ConfigError("the FASTA file is given twice", "leave data.fasta= out")
-        # The file is named from where the user stands, not from the project's root.
-        changes = overlay(changes, {"data": {"fasta": str(fasta.absolute())}})
-    composition = compose(project.work, read_params(project.work / PARAMS), changes=changes)
-    composed = resolve_stages(project, composition, ("embed",))
-    records, _ = clean(read_fasta(fasta), rules_of(composed["data"]))
+    composed, records = composed_of(project, fasta, overrides)
     ids = [r.id for r in records]
     if output is not None:
         check_target(output, composed["embedding"]["pooling"], ids)
@@ -55,8 +47,42 @@ def embed_file(
     return outcome
 
 
+def composed_of(project: Project, fasta: Path | None, overrides: Sequence[str]) -> tuple[dict[str, Any], list[Record]]:
+    """Return what composed.yaml would hold for the embed stage, and the clean records of a file.
+
+    Parameters
+    ----------
+    project
+        Whose settings hold.
+    fasta
+        The file; None for the one that the settings name.
+    overrides
+        Hydra overrides.
+
+    Raises
+    ------
+    ConfigError
+        When an override is wrong.
+    SequenceError
+        When the file can't be used.
+
+    """
+    changes = parse(overrides)
+    data = changes.get("data", {})
+    if fasta is not None and isinstance(data, dict):  # else compose says what is wrong with it
+        if "fasta" in data:
+            raise ConfigError("the FASTA file is given twice", "leave data.fasta= out")
+        # The file is named from where the user stands, not from the project's root.
+        changes = overlay(changes, {"data": {"fasta": str(fasta.absolute())}})
+    composition = compose(project.work, read_params(project.work / PARAMS), changes=changes)
+    composed = resolve_stages(project, composition, ("embed",))
+    path = project.find_file(composed["data"]["fasta"]) if fasta is None else fasta
+    records, _ = clean(read_fasta(path), rules_of(composed["data"]))
+    return composed, records
+
+
 def _provenance(composed: dict[str, Any]) -> dict[str, Any]:
     """Return how an export's embeddings came to be."""
     model = composed["stages"]["embed"]["model"]
-    recipe = described(recipe_of(composed, "embed"))
+    recipe = recipe_of(composed, "embed").described()
     return {"format": FORMAT, "model": model["reference"], "trunk": model["trunk_digest"], "recipe": recipe}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from proteus_pipeline.embeddings.embedder import Progress
+from proteus_pipeline.embeddings.computing import Progress
 from proteus_pipeline.embeddings.manifest import load_embeddings
 from proteus_pipeline.stages.drift import drift, mismatch, summarise
 from proteus_pipeline.stages.embed import embed_to_manifest
@@ -45,11 +45,11 @@ def run(here: Project, progress: Progress | None = None) -> None:
         "model": stages["embed"]["model"]["reference"],
         "candidate": reference,
         "drift": summarise(drifts, why),
-        "probe": {"model": _scores(own), "candidate": _scores(probed)},
+        "probe": {"model": scores(own), "candidate": scores(probed)},
     }
     write_atomic(here.work / DRIFT, (json.dumps(value, indent=1) + "\n").encode())
 
 
-def _scores(metrics: dict[str, Any]) -> dict[str, Any]:
+def scores(metrics: dict[str, Any]) -> dict[str, Any]:
     """Return what the two versions differ in: composition and class counts are the same for both."""
     return {key: metrics[key] for key in ("status", "task", "embedding") if key in metrics}

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from proteus_pipeline.config.composition import COMMAND_LINE, PARAMS, Composition, compose, read_params
+from proteus_pipeline.embeddings.manifest import read_manifest
 from proteus_pipeline.embeddings.recipe import Recipe
 from proteus_pipeline.errors import ConfigError, ProteusError, StorageError, VersionNotFoundError
 from proteus_pipeline.identity import digests
@@ -23,19 +25,21 @@ from proteus_pipeline.models.architecture import resolve_layer
 from proteus_pipeline.models.encoder import ENGINE_REVISION
 from proteus_pipeline.registry.lock import Locked, read_lock, resolve_locked
 from proteus_pipeline.registry.provision import provide
+from proteus_pipeline.sequences.fasta import shown
 from proteus_pipeline.sequences.rules import Rules
 from proteus_pipeline.stages.probing import ProbeSettings
-from proteus_pipeline.stages.project import COMPOSED, Project
+from proteus_pipeline.stages.project import CANDIDATE, COMPOSED, MANIFEST, Project
 from proteus_pipeline.stores.files import storage_error, write_atomic
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from proteus_pipeline.config.schema import DataSettings
+    from proteus_pipeline.config.schema import CacheSettings, DataSettings
     from proteus_pipeline.registry.version import ModelVersion
 
 SCHEMA = 1
 LOCK = "models.lock"
+_FEW = 5
 _NO_MODEL = {
     "reference": None,
     "name": None,
@@ -51,8 +55,30 @@ def run(project: Project, progress: Callable[[int, int | None], None] | None = N
     composition = compose(project.work, read_params(project.work / PARAMS))
     value = resolve(project, composition, progress)
     write_atomic(project.work / COMPOSED, yaml.safe_dump(value, sort_keys=False, allow_unicode=True).encode())
+    _drop_hollow_manifests(project, value)
     models = {name: stage["model"]["reference"] for name, stage in value["stages"].items()}
     project.record("compose", models=models)
+
+
+def _drop_hollow_manifests(project: Project, composed: dict[str, Any]) -> None:
+    """Remove a manifest whose embeddings are not in the cache: of a fresh clone, or of one that moved or was cleaned.
+
+    Git brings a manifest, and DVC would take its stage for done; without the file the stage runs.
+    """
+    cache = project.cache(composed)
+    for name in (MANIFEST, CANDIDATE):
+        try:
+            listed = read_manifest(project.work / name)
+        except StorageError:
+            continue  # none, an idle candidate's, or one that its stage will say is damaged
+        found = cache.candidates([e.key for e in listed.entries])
+        wanted = zip(listed.ids, listed.entries, strict=True)
+        missing = [i for i, e in wanted if all(other.content != e.content for other in found.get(e.key, ()))]
+        if missing:
+            few = ", ".join(map(shown, missing[:_FEW])) + (", ..." if len(missing) > _FEW else "")
+            text = f"{len(missing)} embeddings of {name} are not in {cache.path}; its stage runs: {few}"
+            print(f"note: {text}", file=sys.stderr)
+            (project.work / name).unlink()
 
 
 def resolve(
@@ -190,7 +216,7 @@ def _check_ranges(composition: Composition) -> None:
         ("data", lambda: rules_of(dataclasses.asdict(s.data))),
         ("probe", lambda: ProbeSettings(**dataclasses.asdict(s.probe))),
         ("embedding", lambda: _recipe_values(composition)),
-        ("cache", lambda: _check_cache(s.cache.accept)),
+        ("cache", lambda: _check_cache(s.cache)),
         ("runtime", lambda: _check_runtime(s.runtime.device, s.runtime.threads, s.runtime.tokens_per_batch)),
     ]
     for section, check in checks:
@@ -206,11 +232,10 @@ def _recipe_values(composition: Composition) -> None:
     Recipe(0, e.pooling, e.precision, e.numerics, e.stored, *_windows(composition))
 
 
-def _check_cache(accept: str) -> None:
-    from proteus_pipeline.embeddings.cache import ACCEPT
+def _check_cache(settings: CacheSettings) -> None:
+    from proteus_pipeline.embeddings.cache import EmbeddingCache
 
-    if accept not in ACCEPT:
-        raise ConfigError(f"cache.accept is {accept!r}", f"use one of {', '.join(ACCEPT)}")
+    EmbeddingCache(".", accept=settings.accept, max_bytes=settings.max_bytes, policy=settings.policy)
 
 
 def _check_runtime(device: str, threads: int | None, tokens: int) -> None:

@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from proteus_pipeline.embeddings.embedder import Outcome, Progress, embed
-from proteus_pipeline.embeddings.manifest import write_manifest
-from proteus_pipeline.embeddings.recipe import Recipe
+from proteus_pipeline.embeddings.computing import Progress
+from proteus_pipeline.embeddings.embedder import Outcome, embed
+from proteus_pipeline.embeddings.manifest import listed, write_manifest
 from proteus_pipeline.errors import IntegrityError
 from proteus_pipeline.sequences.fasta import Record, read_fasta
 from proteus_pipeline.stages.compose import recipe_of
 from proteus_pipeline.stages.project import MANIFEST, SEQUENCES, Project
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from proteus_pipeline.models.encoder import Encoder
 
 
@@ -29,23 +27,20 @@ def embed_to_manifest(project: Project, stage: str, target: str, progress: Progr
     composed = project.composed
     records = list(read_fasta(project.work / SEQUENCES))
     outcome = embed_records(project, composed, stage, records, progress)
-    write_stage_manifest(project.work / target, composed, stage, records, outcome)
+    write_stage_manifest(project, target, stage, records, outcome)
     model = composed["stages"][stage]["model"]["reference"]
     project.record(stage, model=model, **summary(outcome))
     return outcome
 
 
 def write_stage_manifest(
-    path: Path, composed: dict[str, Any], stage: str, records: Sequence[Record], outcome: Outcome
+    project: Project, target: str, stage: str, records: Sequence[Record], outcome: Outcome
 ) -> None:
     """Write what `embed_records` did as a manifest."""
+    composed = project.composed
     trunk = composed["stages"][stage]["model"]["trunk_digest"]
-    write_manifest(path, trunk, described(recipe_of(composed, stage)), [r.id for r in records], outcome.entries)
-
-
-def described(recipe: Recipe) -> dict[str, Any]:
-    """Return a recipe as manifests and exports say it: of all their sequences, long or not."""
-    return recipe.identity(0) | {"windows": [recipe.window, recipe.overlap] if recipe.window else None}
+    rows = listed(project.cache(composed), outcome.entries)
+    write_manifest(project.work / target, trunk, recipe_of(composed, stage).described(), [r.id for r in records], rows)
 
 
 def embed_records(
@@ -65,24 +60,6 @@ def embed_records(
     model = composed["stages"][stage]["model"]
     recipe = recipe_of(composed, stage)
 
-    def encoder() -> Encoder:
-        import torch
-
-        from proteus_pipeline.models.device import resolve_device
-        from proteus_pipeline.models.encoder import make_encoder
-        from proteus_pipeline.registry.provision import provide
-
-        if runtime["threads"]:
-            torch.set_num_threads(runtime["threads"])
-        version = provide(project.manager, model["reference"], project.catalogue)
-        if version.checkpoint.trunk_digest != model["trunk_digest"]:
-            raise IntegrityError(
-                f"{model['reference']} has trunk {version.checkpoint.trunk_digest}, composed.yaml {model['trunk_digest']}",
-                "run: dvc repro compose",
-            )
-        device = resolve_device(runtime["device"])
-        return make_encoder(version.checkpoint, precision=recipe.precision, numerics=recipe.numerics, device=device)
-
     def attest() -> tuple[str, str]:
         import torch
 
@@ -95,15 +72,46 @@ def embed_records(
         trunk=model["trunk_digest"],
         recipe=recipe,
         cache=project.cache(composed),
-        encoder=encoder,
+        encoder=lambda: stage_encoder(project, composed, stage),
         attest=attest,
         token_budget=runtime["tokens_per_batch"],
         progress=progress,
     )
 
 
+def stage_encoder(project: Project, composed: dict[str, Any], stage: str) -> Encoder:
+    """Return an encoder of a stage's model, its weights fetched where they are not there.
+
+    Raises
+    ------
+    IntegrityError
+        When the weights are not those that the configuration was composed with.
+    StorageError
+        When they can't be had.
+
+    """
+    import torch
+
+    from proteus_pipeline.models.device import resolve_device
+    from proteus_pipeline.models.encoder import make_encoder
+    from proteus_pipeline.registry.provision import provide
+
+    runtime, recipe = composed["runtime"], recipe_of(composed, stage)
+    model = composed["stages"][stage]["model"]
+    if runtime["threads"]:
+        torch.set_num_threads(runtime["threads"])
+    version = provide(project.manager, model["reference"], project.catalogue)
+    if version.checkpoint.trunk_digest != model["trunk_digest"]:
+        raise IntegrityError(
+            f"{model['reference']} has trunk {version.checkpoint.trunk_digest}, composed.yaml {model['trunk_digest']}",
+            "run: dvc repro compose",
+        )
+    device = resolve_device(runtime["device"])
+    return make_encoder(version.checkpoint, precision=recipe.precision, numerics=recipe.numerics, device=device)
+
+
 def summary(outcome: Outcome) -> dict[str, Any]:
     """Return an outcome's counts, as results/run.json has them."""
     fields = ("sequences", "unique", "hits", "derived", "computed", "tokens")
     seconds = {"seconds": round(outcome.seconds, 3), "saved_seconds": round(outcome.saved_seconds, 3)}
-    return {field: getattr(outcome, field) for field in fields} | seconds
+    return {field: getattr(outcome, field) for field in fields} | seconds | {"misses": outcome.misses}

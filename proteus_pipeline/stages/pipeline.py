@@ -15,7 +15,7 @@ from typing import Any
 
 from proteus_pipeline.config.composition import PARAMS, Composition, compose, read_params
 from proteus_pipeline.config.overrides import parse, write_params
-from proteus_pipeline.embeddings.embedder import Embedded
+from proteus_pipeline.embeddings.computing import Embedded
 from proteus_pipeline.embeddings.manifest import read_manifest
 from proteus_pipeline.errors import ProteusError, StaleLockError, StorageError
 from proteus_pipeline.identity.names import Reference
@@ -66,9 +66,8 @@ def run_pipeline(
         if update:
             update_lock(project, composition, refresh=True)
         # Everything that can be wrong is found before params.yaml is touched, versions and input files included.
-        composed = resolve(project, composition, progress)
+        resolve(project, composition, progress)
         write_params(project.work, overrides)
-    _drop_hollow_manifests(project, composed)
     before = project.run_log().get("stages", {})
     started = time.perf_counter()
     _reproduce(project, force=force)
@@ -86,20 +85,6 @@ def _lock_kept_on_error(project: Project) -> Iterator[None]:
         if old is not None and path.read_bytes() != old:
             write_atomic(path, old)
         raise
-
-
-def _drop_hollow_manifests(project: Project, composed: dict[str, Any]) -> None:
-    """Remove a manifest whose embeddings are not in the cache (moved, cleaned, or on another machine): its stage runs."""
-    cache = project.cache(composed)
-    for name in (MANIFEST, CANDIDATE):
-        path = project.work / name
-        listed = {e.key for e in _entries(path)}
-        missing = listed - cache.candidates(list(listed)).keys()
-        if missing:
-            print(
-                f"note: {len(missing)} embeddings of {name} are not in {cache.path}; they are computed", file=sys.stderr
-            )
-            path.unlink()
 
 
 def _entries(path: Path) -> tuple[Embedded, ...]:

@@ -42,18 +42,28 @@ def probe_manifest(here: Project, manifest: str) -> tuple[ProbeResult, list[Reco
     ids, arrays = load_embeddings(here.work / manifest, here.cache(composed))
     by_id = dict(zip(ids, arrays, strict=True))
     records = list(read_fasta(here.work / SEQUENCES))
-    # A probe reads one vector a protein: per-residue embeddings enter as their mean.
-    pooled = [v if v.ndim == 1 else pool_residues(v, "mean") for v in (by_id[r.id] for r in records)]
+    vectors = np.stack([one_vector(by_id[r.id]) for r in records])
     labels = stored_labels(here)
-    result = probe(
+    return probe_records(records, vectors, labels, ProbeSettings(**composed["probe"])), records, vectors, labels
+
+
+def one_vector(embedding: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return what a probe reads of a protein: a pooled embedding as it is, one per residue as its mean."""
+    return embedding if embedding.ndim == 1 else pool_residues(embedding, "mean")
+
+
+def probe_records(
+    records: Sequence[Record], vectors: NDArray[np.float32], labels: Sequence[Label], settings: ProbeSettings
+) -> ProbeResult:
+    """Probe the (N, D) vectors of some records."""
+    return probe(
         [r.id for r in records],
-        np.stack(pooled),
+        vectors,
         [r.sequence for r in records],
         {label.id: label.target for label in labels},
         {label.id: label.group for label in labels if label.group},
-        ProbeSettings(**composed["probe"]),
+        settings,
     )
-    return result, records, np.stack(pooled), labels
 
 
 def stored_labels(here: Project) -> list[Label]:

@@ -103,9 +103,14 @@ class Project:
 
         settings = composed["cache"]
         device = composed["runtime"]["device"]
-        path = self.home / Path(settings["path"]).expanduser()
+        shared = settings["shared"]
         return EmbeddingCache(
-            path, accept=settings["accept"], device_class=lambda: device_class(resolve_device(device))
+            self.home / Path(settings["path"]).expanduser(),
+            accept=settings["accept"],
+            device_class=lambda: device_class(resolve_device(device)),
+            shared=self.home / Path(shared).expanduser() if shared else None,
+            max_bytes=settings["max_bytes"],
+            policy=settings["policy"],
         )
 
     def find_file(self, path: str) -> Path:

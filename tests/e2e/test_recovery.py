@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -35,12 +36,26 @@ def test_a_moved_cache_is_filled_before_anything_reads_it(clone: Clone) -> None:
     assert clone.counts() == (0, 10)
 
 
-def test_a_deleted_cache_is_computed_again_though_dvc_restores_the_manifest(clone: Clone) -> None:
+@pytest.mark.parametrize("command", [("proteus", "run"), ("dvc", "repro")])
+def test_a_deleted_cache_is_computed_again_though_git_has_the_manifest(clone: Clone, command: tuple[str, str]) -> None:
     shutil.rmtree(clone.root / ".proteus/cache")
     (clone.root / "results/embeddings.json").unlink()
-    clone.run("dvc", "checkout")
-    clone.run("proteus", "run")
+    clone.reset()
+    output = clone.run(*command)
+    assert "10 embeddings of results/embeddings.json are not in" in output
     assert clone.counts() == (0, 10)
+    assert clone.git("status", "--porcelain") == ""
+
+
+def test_other_bits_in_the_cache_are_listed_anew(clone: Clone) -> None:
+    """Those of another device class, that a colleague committed."""
+    path = clone.root / "results/embeddings.json"
+    before = path.read_bytes()
+    content = json.loads(before)["sequences"][4]["content"]
+    path.write_bytes(before.replace(content.encode(), b"0" * 32))
+    output = clone.run("dvc", "repro")
+    assert "1 embeddings of results/embeddings.json are not in" in output and "10 hits" in output
+    assert path.read_bytes() == before
 
 
 def test_the_summary_of_a_restored_run_is_of_that_run(clone: Clone) -> None:

@@ -84,6 +84,7 @@ def test_without_outputs_everything_is_a_hit(clone: Clone) -> None:
         path = clone.root / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     clone.git("checkout", "--quiet", ".")
+    (clone.root / "results/embeddings.json").unlink()
     output = clone.run("proteus", "run")
     assert "100 hits, 0 derived, 0 computed" in output
     assert clone.counts() == (100, 0)

@@ -39,6 +39,12 @@ def make(
     return Made(Recipe(layer=2, pooling=pooling, stored=stored, engine=1), arrays, lengths)
 
 
+def made_by(writer: str) -> Made:
+    """Return what a writer publishes under a name that ends in a number: pooled or per residue, by that."""
+    pooling = ("mean", "per_residue")[int(writer.rsplit("-", 1)[-1]) % 2]
+    return make(3, pooling=pooling, stored="fp16", width=64, prefix=f"{writer}-")
+
+
 def publish(
     cache: EmbeddingCache, made: Made, device_class: str = HERE, *, seconds: float = 3.0, tokens: int = 100
 ) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from entries import TRUNK, Made, publish
 
 from proteus_pipeline.embeddings.cache import EmbeddingCache
-from proteus_pipeline.embeddings.embedder import Embedded
+from proteus_pipeline.embeddings.computing import Embedded
 from proteus_pipeline.embeddings.export import export
 from proteus_pipeline.embeddings.stored import content_hash, to_fp32
 

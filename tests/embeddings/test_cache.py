@@ -5,8 +5,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -15,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from entries import HERE, THERE, TRUNK, Made, headers, make, publish, serves
+from processes import ends_well, script
 
 from proteus_pipeline.embeddings.cache import EmbeddingCache
 from proteus_pipeline.embeddings.index import Attestation, key_strings
 from proteus_pipeline.errors import ConfigError, IntegrityError, StorageError
 
-FOLDER = Path(__file__).parent
 KILLS = 200 if os.environ.get("PROTEUS_TORTURE") == "1" else 15
 
 
@@ -38,22 +36,6 @@ def damage(path: Path) -> None:
     with path.open("r+b") as file:
         file.seek(40)
         file.write(b"\x5a" * (size - 80))
-
-
-def script(code: str, *args: object) -> subprocess.Popen[str]:
-    """Start Python on some code, with this folder's modules."""
-    path = os.pathsep.join([str(FOLDER), str(FOLDER.parent.parent)])
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, args)],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=os.environ | {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"},
-    )  # fmt: skip
-
-
-def ends_well(process: subprocess.Popen[str]) -> str:
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 0, err
-    return out
 
 
 @pytest.fixture
@@ -279,7 +261,7 @@ def test_no_use_is_lost_between_processes(tmp_path: Path):
         ends_well(process)
     stats = EmbeddingCache(tmp_path).stats()
     assert (stats["hits"], stats["derived"], stats["misses"]) == (200, 4 * sum(range(50)), 20_000)
-    assert all(json.loads(line) for line in (tmp_path / "uses.jsonl").read_text().splitlines())
+    assert all(json.loads(line) for line in (tmp_path / "uses.jsonl").read_text().splitlines() if line)
 
 
 def test_entries_that_do_not_fit_are_refused_before_anything_is_written(tmp_path: Path):
@@ -403,3 +385,22 @@ def test_a_killed_writer_loses_nothing_it_had_acknowledged(tmp_path: Path):
     assert len(visible) >= 3 * len(acknowledged)
     assert not cache.visible.unreadable
     assert len(list(cache.find(visible))) == len(visible)
+
+
+def test_a_view_is_the_stored_vector_mapped_and_read_only(tmp_path: Path):
+    made = make(5, stored="bf16")
+    cache = EmbeddingCache(tmp_path)
+    publish(cache, made)
+    for key, array in made.arrays.items():
+        view = cache.view(key)
+        assert view is not None
+        assert (view.dtype, view.tobytes()) == (array.dtype, array.tobytes())
+        assert not view.flags.writeable
+    assert cache.view("0" * 32) is None
+    damage(newest(tmp_path / "seg"))
+    with pytest.raises(IntegrityError, match="is damaged"):
+        cache.view(next(iter(made.arrays)))
+    residues = make(1, pooling="per_residue", prefix="r")
+    publish(cache, residues)
+    with pytest.raises(ConfigError, match="is compressed"):
+        cache.view(next(iter(residues.arrays)))

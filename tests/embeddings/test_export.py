@@ -13,7 +13,7 @@ from exported import IDS, PATHS, SUFFIXES, embedded, opened, provenance, saved
 
 from proteus_pipeline.embeddings import selection
 from proteus_pipeline.embeddings.cache import EmbeddingCache
-from proteus_pipeline.embeddings.embedder import Embedded
+from proteus_pipeline.embeddings.computing import Embedded
 from proteus_pipeline.embeddings.export import export
 from proteus_pipeline.errors import StorageError
 

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from entries import HERE, THERE, TRUNK, Made, make, publish
 
+from proteus_pipeline.embeddings import manifest as manifest_file
 from proteus_pipeline.embeddings.cache import EmbeddingCache
-from proteus_pipeline.embeddings.embedder import Embedded
-from proteus_pipeline.embeddings.manifest import load_embeddings, read_manifest, write_manifest
+from proteus_pipeline.embeddings.computing import Embedded
+from proteus_pipeline.embeddings.manifest import Listed, load_embeddings, read_manifest, write_manifest
+from proteus_pipeline.embeddings.sketch import sketch
 from proteus_pipeline.embeddings.stored import content_hash, to_fp32
 from proteus_pipeline.errors import IntegrityError, StorageError
 
@@ -18,9 +20,12 @@ IDS = ["plain", 'with "quotes" and \\', "sp|P1|é 蛋白 \u2028", "a/b.c"]
 RECIPE = {"layer": 2, "pooling": "mean"}
 
 
-def listed(made: Made) -> list[Embedded]:
+def listed(made: Made, device_class: str = HERE) -> list[Listed]:
     stored = made.recipe.stored
-    return [Embedded(key, a.shape, stored, content_hash(a, stored)) for key, a in made.arrays.items()]
+    return [
+        Listed(key, a.shape, stored, content_hash(a, stored), device_class, sketch(a, stored))
+        for key, a in made.arrays.items()
+    ]
 
 
 def write(path: Path, made: Made, ids: list[str] = IDS) -> Path:
@@ -60,6 +65,64 @@ def test_a_manifest_without_an_id_for_each_entry_is_not_written(tmp_path: Path):
     assert not (tmp_path / "m.json").exists()
 
 
+def test_a_manifest_says_where_each_row_was_computed(tmp_path: Path):
+    here, there = listed(make(2)), listed(make(2, prefix="other"), THERE)
+    rows = [there[0], *here, there[1]]
+    write_manifest(tmp_path / "m.json", TRUNK, RECIPE, IDS, rows)
+    value = json.loads((tmp_path / "m.json").read_text())
+    assert value["device_classes"] == [HERE, THERE]
+    assert [r["device_class"] for r in value["sequences"]] == [1, 0, 0, 1]
+    assert list(read_manifest(tmp_path / "m.json").entries) == rows
+
+
+def test_rows_are_of_the_entries_that_were_meant(tmp_path: Path):
+    """Whichever device class's entry comes first by now."""
+    here, there = make(4, seed=1), make(4, seed=2)
+    publish(EmbeddingCache(tmp_path / "c"), here, HERE)
+    publish(EmbeddingCache(tmp_path / "c"), there, THERE)
+    for made, device_class in ((here, HERE), (there, THERE)):
+        rows = listed(made, device_class)
+        wanted = [Embedded(e.key, e.shape, e.stored, e.content) for e in rows]
+        for mine in (HERE, THERE):
+            cache = EmbeddingCache(tmp_path / "c", device_class=lambda mine=mine: mine)
+            assert manifest_file.listed(cache, [*wanted, wanted[0]]) == [*rows, rows[0]]
+
+
+def test_rows_of_what_is_gone_are_an_error(tmp_path: Path):
+    made = make(4)
+    publish(EmbeddingCache(tmp_path / "c"), Made(made.recipe, dict(list(made.arrays.items())[:3]), made.lengths[:3]))
+    with pytest.raises(StorageError, match="1 of 4 embeddings are gone"):
+        manifest_file.listed(EmbeddingCache(tmp_path / "c"), listed(made))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("sketch", ["1"]),
+        ("sketch", ["1", "2", "3", "4", "five"]),
+        ("sketch", ["1", "2", "3", "4", "nan"]),
+        ("sketch", [1, 2, 3, 4, 5]),
+        ("sketch", None),
+        ("device_class", 1),
+        ("device_class", -1),
+        ("device_class", True),
+        ("device_class", "cpu"),
+        ("shape", None),
+        ("shape", ["x"]),
+        ("content", 7),
+        ("key", None),
+        ("id", ["a"]),
+    ],
+)
+def test_a_row_that_is_none_is_damage(tmp_path: Path, field: str, value: object):
+    path = write(tmp_path / "m.json", make(4))
+    whole = json.loads(path.read_text())
+    whole["sequences"][2][field] = value
+    path.write_text(json.dumps(whole))
+    with pytest.raises(IntegrityError, match=r"m\.json is damaged"):
+        read_manifest(path)
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -70,6 +133,9 @@ def test_a_manifest_without_an_id_for_each_entry_is_not_written(tmp_path: Path):
         '{"format": 1}',
         '{"trunk": "x"}',
         '{"format": 1, "trunk": "x", "recipe": {}, "sequences": [{}]}',
+        '{"format": 1, "trunk": "x", "recipe": {}, "device_classes": [], "sequences": [{}]}',
+        '{"format": 1, "trunk": 3, "recipe": {}, "device_classes": [], "sequences": []}',
+        '{"format": 1, "trunk": "x", "recipe": 3, "device_classes": [], "sequences": []}',
     ],
 )
 def test_a_damaged_manifest_is_named(tmp_path: Path, text: str):

@@ -18,7 +18,7 @@ from proteus_pipeline.embeddings.segment import (
     describe,
     with_crc,
 )
-from proteus_pipeline.embeddings.stored import content_hash
+from proteus_pipeline.embeddings.stored import content_hash, to_stored
 from proteus_pipeline.errors import IntegrityError
 
 KINDS = [("mean", "fp32"), ("mean", "bf16"), ("per_residue", "fp32"), ("per_residue", "fp16"), ("per_residue", "bf16")]
@@ -85,6 +85,31 @@ def test_places_are_where_the_entries_lie(tmp_path: Path, pooling: str, stored: 
     assert said.contents == [content_hash(a, stored) for a in made.arrays.values()]
     assert (said.attributes, said.width) == ({"proteus": {"format": 1}}, 8)
     assert said.layout == ("pooled" if pooling == "mean" else "per_residue")
+
+
+@pytest.mark.parametrize("stored", ["fp32", "fp16", "bf16"])
+def test_chunks_of_one_block_are_blosc_like_any_other(tmp_path: Path, stored: str):
+    """Larger entries, whose chunks are put together here: noise, numbers that compress, an odd number of residues, zeros."""
+    import tensorstore
+    import zarr
+
+    rng = np.random.default_rng(0)
+    values = {"a" * 32: rng.standard_normal((301, 96)), "b" * 32: np.full((64, 96), 0.5), "c" * 32: np.zeros((99, 96))}
+    values["d" * 32] = np.frombuffer(rng.bytes(200 * 96), np.uint8).reshape(200, 96) / 256
+    arrays = {key: to_stored(value.astype(np.float32), stored) for key, value in values.items()}
+    lengths = [len(array) for array in arrays.values()]
+    path = tmp_path / "s.zip"
+    recipe = make(1, pooling="per_residue", stored=stored).recipe
+    placed = written(path, Made(recipe, arrays, lengths), {})
+    group = zarr.open_group(zarr.storage.ZipStore(path, mode="r"), mode="r")
+    base = {"driver": "zip", "base": {"driver": "file", "path": str(path)}}
+    for (key, array), place in zip(arrays.items(), placed, strict=True):
+        data = path.read_bytes()[place.offset : place.offset + place.nbytes]
+        np.testing.assert_array_equal(decode_entry(data, stored, array.shape, "s.zip"), array)
+        np.testing.assert_array_equal(group[key][:], array)
+        opened = tensorstore.open({"driver": "zarr3", "kvstore": base | {"path": f"{key}/"}}).result()
+        np.testing.assert_array_equal(opened.read().result(), array)
+    assert placed[2].nbytes < 500  # zeros
 
 
 def test_what_a_damaged_segment_says_of_itself_is_not_believed(tmp_path: Path):

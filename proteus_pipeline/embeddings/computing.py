@@ -1,0 +1,383 @@
+"""Misses through the encoder and into segments; several processes that miss the same share the work."""
+
+from __future__ import annotations
+
+import datetime as dt
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import numpy as np
+
+from proteus_pipeline.embeddings.cache import EmbeddingCache
+from proteus_pipeline.embeddings.index import Attestation
+from proteus_pipeline.embeddings.leases import Lease
+from proteus_pipeline.embeddings.publication import Publication
+from proteus_pipeline.embeddings.recipe import Recipe, windows
+from proteus_pipeline.embeddings.stored import to_stored
+from proteus_pipeline.errors import StorageError
+from proteus_pipeline.models.encoder import Outputs
+from proteus_pipeline.models.pooling import finite, pool, pool_residues
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from proteus_pipeline.embeddings.visible import Entry
+    from proteus_pipeline.models.encoder import Encoder
+
+    _Window = tuple[NDArray[np.float32], NDArray[np.float32] | None]
+
+# A crash loses what is not yet published: at most this many bytes, or this many seconds of work.
+PUBLISH_BYTES = 128 << 20
+PUBLISH_SECONDS = 60.0
+# Computed and not yet written: beyond this the encoder waits for the disk.
+_QUEUE_BYTES = 16 << 20
+# What a run claims at a time: little enough that others find work, enough that batches are full.
+_PORTIONS, _PORTION_TOKENS = 16, 32_768
+# How long to wait where other runs are at all that is left, seconds.
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 2.0
+
+
+class Progress(Protocol):
+    """Told how far the work is."""
+
+    def start(self, total: int, hits: int, tokens: int, peak: float) -> None:
+        """Work begins.
+
+        Parameters
+        ----------
+        total, hits
+            Distinct sequences in all, and how many of them the cache had.
+        tokens
+            To compute.
+        peak
+            The matrix products this machine was just measured to do, FLOP/s; 0 where that was not worth it.
+
+        """
+
+    def advance(self, sequences: int, tokens: int, flops: float) -> None:
+        """Some more sequences were computed, of so many tokens and floating-point operations."""
+
+
+@dataclass(frozen=True, slots=True)
+class Embedded:
+    """What a manifest says of one embedding."""
+
+    key: str
+    shape: tuple[int, ...]
+    stored: str
+    content: str
+
+
+class Computed(NamedTuple):
+    """One embedding in its stored dtype, with the start token's vector, and the residues and tokens of its sequence."""
+
+    key: str
+    array: NDArray[np.generic]
+    start: NDArray[np.generic] | None
+    length: int
+    tokens: int
+
+
+@dataclass
+class _Lot:
+    """A segment in the making: noted by the thread that computes, written and published by another.
+
+    What is noted is in one place until it is written, so that Ctrl-C never finds an entry half noted.
+    """
+
+    waiting: deque[Computed] = field(default_factory=deque)
+    publication: Publication | None = None
+    since: float = field(default_factory=time.perf_counter)
+    noted_bytes: int = 0
+    written_bytes: int = 0
+    tokens: int = 0
+    keys: list[str] = field(default_factory=list)
+    published: bool = False
+
+    def note(self, computed: Computed) -> None:
+        self.noted_bytes += computed.array.nbytes
+        self.waiting.append(computed)
+
+    def close(self) -> None:
+        """Leave nothing behind of a segment that was not published."""
+        if self.publication:
+            self.publication.discard()
+
+    @property
+    def backlog(self) -> int:
+        return self.noted_bytes - self.written_bytes
+
+    @property
+    def due(self) -> bool:
+        late = time.perf_counter() - self.since >= PUBLISH_SECONDS
+        return self.noted_bytes >= PUBLISH_BYTES or (late and bool(self.noted_bytes))
+
+
+@dataclass
+class Job:
+    """Embeddings to compute, of one recipe by one encoder.
+
+    Attributes
+    ----------
+    trunk, recipe
+        What is computed.
+    cache
+        Where it goes.
+    encoder
+        Over the weights.
+    attested
+        Device class and torch's version.
+    token_budget
+        Tokens in one pass.
+    lease
+        This run's, by which other runs know what it is computing.
+    progress
+        Told how far the work is.
+
+    """
+
+    trunk: str
+    recipe: Recipe
+    cache: EmbeddingCache
+    encoder: Encoder
+    attested: tuple[str, str]
+    token_budget: int
+    lease: Lease
+    progress: Progress | None
+
+    def run(self, missing: dict[str, str], done: dict[str, Embedded]) -> list[Entry]:
+        """Compute what is missing, and publish it as it comes; return what other runs computed in the meantime.
+
+        Parameters
+        ----------
+        missing
+            Sequences by key.
+        done
+            Given what a manifest says of each.
+
+        Raises
+        ------
+        StorageError
+            When the cache can't be read or written.
+
+        """
+        portions = self._portions(missing)
+        theirs: list[Entry] = []
+        pause = _FIRST_PAUSE
+        while portions:
+            # All is published when this returns: whoever waits for it finds it.
+            claimed = self._compute_unclaimed(portions, done, theirs)
+            if len(claimed) == sum(map(len, portions)):
+                time.sleep(pause)  # others are at all that is left
+                pause = min(2 * pause, _LONGEST_PAUSE)
+            portions = self._portions(claimed)
+        return theirs
+
+    def _portions(self, missing: Mapping[str, str]) -> list[dict[str, str]]:
+        """Return sequences as they are claimed: the longest first, so many at a time that several runs find work."""
+        ordered = sorted(missing, key=lambda key: -len(missing[key]))
+        tokens = {key: tokens_of(spans_of(missing[key], self.recipe)) for key in ordered}
+        most = min(max(sum(tokens.values()) // _PORTIONS, 2 * self.token_budget), _PORTION_TOKENS)
+        portions: list[dict[str, str]] = []
+        room = 0
+        for key in ordered:
+            if room <= 0:
+                portions.append({})
+                room = most
+            portions[-1][key] = missing[key]
+            room -= tokens[key]
+        return portions
+
+    def _compute_unclaimed(
+        self, portions: list[dict[str, str]], done: dict[str, Embedded], theirs: list[Entry]
+    ) -> dict[str, str]:
+        """Compute and publish what no other run is at; return what others have claimed."""
+        claimed: dict[str, str] = {}
+        lots = [_Lot()]
+        # Compression and the disk have a thread of their own, so that neither holds the encoder; one lot at a time.
+        with ThreadPoolExecutor(1, "publisher") as publisher:
+            flying: deque[Future[None]] = deque()
+            try:
+                for computed in self._mine(portions, done, theirs, claimed):
+                    lots[-1].note(computed)
+                    if self.progress:
+                        self.progress.advance(1, computed.tokens, self._flops(computed.length))
+                    full = lots[-1].due or lots[-1].backlog > _QUEUE_BYTES
+                    while flying and (full or flying[0].done()):
+                        flying.popleft().result()
+                    if lots[-1].due:
+                        lots[:] = [lots[-1], _Lot()]
+                        flying.append(publisher.submit(self._publish, lots[0], done))
+                    else:
+                        flying.append(publisher.submit(self._write, lots[-1], done))
+                for future in flying:
+                    future.result()
+                self._publish_all(lots, done)
+            except BaseException as error:
+                self._keep(flying, lots, done, error)
+                raise
+            finally:
+                for lot in lots:
+                    lot.close()
+        return claimed
+
+    def _mine(
+        self,
+        portions: list[dict[str, str]],
+        done: dict[str, Embedded],
+        theirs: list[Entry],
+        claimed: dict[str, str],
+    ) -> Iterator[Computed]:
+        """Yield the embeddings of each portion, but for what another run has published or is computing."""
+        for portion in portions:
+            mine = self.lease.claim(portion)
+            claimed |= {key: portion[key] for key in portion.keys() - mine}
+            for entry, _ in self.cache.find(portion) if len(mine) < len(portion) or self.lease.shared() else ():
+                done[entry.key] = Embedded(entry.key, entry.shape, entry.stored, entry.content)
+                theirs.append(entry)
+                mine.discard(entry.key)
+                claimed.pop(entry.key, None)
+                self.lease.release([entry.key])
+            left = {key: sequence for key, sequence in portion.items() if key in mine}
+            if left:
+                yield from compute(self.encoder, self.recipe, left, self.token_budget)
+
+    def _keep(
+        self, flying: Iterable[Future[None]], lots: list[_Lot], done: dict[str, Embedded], error: BaseException
+    ) -> None:
+        """Publish what is finished, after Ctrl-C or an error, in publishing too. An entry published twice does no harm."""
+        try:
+            wait(list(flying))
+        finally:
+            try:
+                self._publish_all(lots, done)
+            except StorageError as failed:
+                error.add_note(f"and what was finished could not be kept: {failed}")
+
+    def _publish_all(self, lots: list[_Lot], done: dict[str, Embedded]) -> None:
+        for lot in lots:
+            if not lot.published:
+                self._publish(lot, done)
+
+    def _flops(self, length: int) -> float:
+        spans = windows(length, self.recipe.window, self.recipe.overlap)
+        return sum(self.encoder.flops(end - start) for start, end in spans)
+
+    def _write(self, lot: _Lot, done: dict[str, Embedded]) -> None:
+        """Write what is noted to the lot's segment."""
+        while lot.waiting:
+            computed = lot.waiting[0]
+            if lot.publication is None:
+                lot.publication = self.cache.begin(self.trunk, self.recipe)
+            content = lot.publication.add(computed.key, computed.array, computed.length, computed.start)
+            done[computed.key] = Embedded(computed.key, computed.array.shape, self.recipe.stored, content)
+            lot.tokens += computed.tokens
+            lot.keys.append(computed.key)
+            lot.written_bytes += computed.array.nbytes
+            lot.waiting.popleft()
+
+    def _publish(self, lot: _Lot, done: dict[str, Embedded]) -> None:
+        self._write(lot, done)
+        if lot.publication is None:
+            return
+        device_class, torch_version = self.attested
+        seconds = round(time.perf_counter() - lot.since, 6)
+        lot.publication.publish(Attestation(device_class, torch_version, now(), seconds, lot.tokens))
+        lot.published = True
+        self.lease.release(lot.keys)
+        self.cache.tidy()
+
+
+def compute(
+    encoder: Encoder, recipe: Recipe, sequences: Mapping[str, str], token_budget: int = 2048
+) -> Iterator[Computed]:
+    """Yield each sequence's embedding, in its stored dtype, as soon as its last window is done; no cache is asked.
+
+    Parameters
+    ----------
+    encoder
+        Over the weights.
+    recipe
+        What to compute.
+    sequences
+        By key.
+    token_budget
+        Tokens in one pass.
+
+    Raises
+    ------
+    ModelError
+        When the weights give what is no number.
+
+    """
+    layer = recipe.layer
+    parts, owners = [], []
+    spans = {key: spans_of(s, recipe) for key, s in sequences.items()}
+    for key, sequence in sequences.items():
+        for number, (start, end) in enumerate(spans[key]):
+            parts.append(sequence[start:end])
+            owners.append((key, number))
+    waiting: dict[str, dict[int, _Window]] = {}
+    for index, encoded in encoder.compute(parts, Outputs.to_pool(layer, recipe.pooling), token_budget):
+        key, number = owners[index]
+        windowed = waiting.setdefault(key, {})
+        windowed[number] = encoded.hidden[layer], encoded.received.get(layer)
+        if len(windowed) == len(spans[key]):
+            del waiting[key]
+            yield _rounded(key, spans[key], [windowed[n] for n in range(len(windowed))], recipe)
+
+
+def _rounded(key: str, spans: list[tuple[int, int]], windowed: list[_Window], recipe: Recipe) -> Computed:
+    """Return a sequence's embedding from its windows' outputs."""
+
+    def merged(pooling: str) -> NDArray[np.generic]:
+        return to_stored(finite(_merge(windowed, spans, pooling), recipe.precision), recipe.stored)
+
+    start = merged("cls") if recipe.pooling == "per_residue" else None
+    return Computed(key, merged(recipe.pooling), start, spans[-1][1], tokens_of(spans))
+
+
+def now() -> str:
+    """Return the time as attestations have it: ISO 8601, UTC, to the second."""
+    return dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
+
+
+def spans_of(sequence: str, recipe: Recipe) -> list[tuple[int, int]]:
+    """Return the (start, end) of each window over a sequence."""
+    return windows(len(sequence), recipe.window, recipe.overlap)
+
+
+def tokens_of(spans: list[tuple[int, int]]) -> int:
+    """Return the tokens of a sequence's windows: each has a start and an end token."""
+    return sum(end - start + 2 for start, end in spans)
+
+
+def _merge(windowed: list[_Window], spans: list[tuple[int, int]], pooling: str) -> NDArray[np.float32]:
+    """Return a sequence's embedding: residues averaged over the windows they lie in, then pooled.
+
+    ``cls`` is the mean of the windows' start tokens; the attention that a residue receives is averaged as it is.
+    """
+    if len(windowed) == 1:
+        hidden, received = windowed[0]
+        return pool(hidden, pooling, received)
+    if pooling == "cls":
+        return pool_residues(np.stack([hidden[0] for hidden, _ in windowed]), "mean")
+    residues = _averaged([hidden[1:-1] for hidden, _ in windowed], spans)
+    if pooling == "per_residue":
+        return residues
+    weights = [received[:, None] for _, received in windowed if received is not None]
+    return pool_residues(residues, pooling, _averaged(weights, spans)[:, 0] if weights else None)
+
+
+def _averaged(windowed: list[NDArray[np.float32]], spans: list[tuple[int, int]]) -> NDArray[np.float32]:
+    """Return (L, n) rows, each the mean of those of the windows that it lies in."""
+    length = spans[-1][1]
+    total, count = np.zeros((length, windowed[0].shape[1]), dtype=np.float64), np.zeros((length, 1))
+    for (start, end), rows in zip(spans, windowed, strict=True):
+        total[start:end] += rows
+        count[start:end] += 1
+    return (total / count).astype(np.float32)
