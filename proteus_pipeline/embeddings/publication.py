@@ -60,6 +60,7 @@ class Publication:
         self._file = store.begin(f"{SEGMENTS}/{self.name}.zip")
         self._width = 0
         self._have: set[str] = set()
+        self._error: StorageError | None = None
         try:
             self._writer = SegmentWriter(self._file.path, recipe.stored, self._layout)
         except OSError as error:
@@ -91,6 +92,8 @@ class Publication:
             When the array is not what the recipe makes of so many residues.
 
         """
+        if self._error:
+            raise self._error  # what was written so far is gone with the file
         self._width = self._width or array.shape[-1]
         check_entry(self._recipe, key, array, length, self._width)
         content = content_hash(array, self._recipe.stored)
@@ -120,6 +123,8 @@ class Publication:
             When there is no entry.
 
         """
+        if self._error:
+            raise self._error
         if not self._have:
             raise ValueError("no entries make no segment")
         described = self._recipe.described()
@@ -153,7 +158,8 @@ class Publication:
 
     def _failed(self, error: OSError) -> StorageError:
         self.discard()
-        return storage_error("write", Path(self._store.location, SEGMENTS, f"{self.name}.zip"), error)
+        self._error = storage_error("write", Path(self._store.location, SEGMENTS, f"{self.name}.zip"), error)
+        return self._error
 
 
 def check_entry(recipe: Recipe, key: str, array: NDArray[np.generic], length: int, width: int) -> None:

@@ -23,7 +23,7 @@ def test_the_commands_and_the_code_run(tmp_path: Path, weights: Path) -> None:
         clone.git("config", key, value)  # DVC's experiments ask for one where the tree is dirty
     clone.commit("results", empty=True)
     commands = blocks("sh")
-    assert len(commands) == 6
+    assert len(commands) == 7
     for text in commands:
         # Changed choices are committed, as people do: git would not leave a changed params.yaml behind otherwise.
         clone.commit("choices", empty=True)

@@ -199,3 +199,16 @@ def test_an_end_between_segment_and_index_is_no_harm(tmp_path: Path, monkeypatch
     assert serves(EmbeddingCache(tmp_path), made) == 0
     filled(EmbeddingCache(tmp_path), made).publish(ATTESTED)
     assert serves(EmbeddingCache(tmp_path), made) == 5
+
+
+def test_a_publication_that_failed_stays_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Whoever keeps what is finished after an error asks it again."""
+    made = make(3, pooling="per_residue")
+    publication = EmbeddingCache(tmp_path).begin(TRUNK, made.recipe)
+    monkeypatch.setattr(SegmentWriter, "add", no_space)
+    for _ in range(2):
+        with pytest.raises(StorageError, match="no space left"):
+            publication.add(*next(iter(made.arrays.items())), made.lengths[0])
+    with pytest.raises(StorageError, match="no space left"):
+        publication.publish(ATTESTED)
+    assert every(tmp_path) == {}
