@@ -108,6 +108,10 @@ class IntegrityError(StorageError):
     exit_code = 4
 
 
+class FormatError(IntegrityError):
+    """A file is of another version of its format: whoever wrote it can read it, and it is left alone."""
+
+
 class CacheMemoryError(ProteusError, MemoryError):
     """A model does not fit in the memory it may use."""
 

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import datetime
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from proteus_pipeline.errors import ConfigError
 
 if TYPE_CHECKING:
     from proteus_pipeline.embeddings.cache import EmbeddingCache
+    from proteus_pipeline.embeddings.checking import Verified
     from proteus_pipeline.embeddings.explaining import Miss
     from proteus_pipeline.stages.caching import Asked
     from proteus_pipeline.stages.project import Project
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 _OVERRIDES = "Hydra overrides, such as cache.path=PATH or embedding.layer=3"
 _SHOWN = 20
 _INTEGRITY, _DRIFT = 4, 3
+_LONGEST_GRACE = 36500.0
 _EPILOG = """\
 examples:
   proteus cache plan proteins.fasta embedding.pooling=max
@@ -47,7 +50,7 @@ def add_to(verbs: Any) -> None:
     audit.add_argument("--sample", type=int, default=20, metavar="N", help="how many (default 20)")
     invalidate = _add(these, "invalidate", _invalidate, "hide all embeddings of a version's weights", "REF")
     invalidate.add_argument("--reason", required=True, metavar="TEXT", help="why; shown by explain")
-    invalidate.add_argument("--layer", type=int, metavar="N", help="only those of this layer, counted from 0")
+    invalidate.add_argument("--layer", type=int, metavar="N", help="only those of this layer; -1 is the last")
     invalidate.add_argument("--pooling", metavar="NAME", help="only those of this pooling")
     invalidate.add_argument("--dry-run", action="store_true", help="only say how many there are")
     gc = _add(these, "gc", _gc, "remove what no tag and no composed.yaml reaches, and write small segments together")
@@ -174,7 +177,7 @@ def _explain(args: argparse.Namespace) -> int:
     project = _project()
     this = asked(project, Path(word) if word and is_file else None, overrides)
     ids, misses = explain(this, None if is_file else word)
-    names = versions_by_trunk(project)
+    names, _ = versions_by_trunk(project)
     by_sequence = {m.sequence: m for m in misses}
     missing = [(r.id, by_sequence[r.sequence]) for r in this.records if r.sequence in by_sequence and r.id in set(ids)]
     if args.json:
@@ -207,33 +210,46 @@ def _whose(miss: Miss, names: dict[str, list[str]]) -> list[str]:
 
 def _verify(args: argparse.Namespace) -> int:
     from proteus_pipeline.stages.caching import compute_lost
+    from proteus_pipeline.stages.compose import check_is_cache
 
     cache = _cache(args)
     if args.source and not args.repair:
         raise ConfigError("--from pulls what --repair quarantines", "give both")
+    if args.source:
+        check_is_cache(args.source, "--from")
     verified = cache.verify(repair=args.repair)
-    pulled = cache.pull(args.source) if args.source else None
-    computed = compute_lost(_project()) if args.repair and verified.findings else 0
     left = [f for f in verified.findings if not f.repaired]
+    if not args.json:
+        _print_verified(cache, verified)
+    pulled = computed = None
+    try:
+        if args.source:
+            pulled = cache.pull(args.source)
+            if not args.json:
+                print(f"  {pulled.entries} entries pulled from {args.source}", flush=True)
+        computed = compute_lost(_project(), _words(args)[1]) if args.repair and verified.findings else 0
+    finally:
+        # What was found is said, whether or not it could be made good.
+        if args.json:
+            copied = dataclasses.asdict(pulled) if pulled else None
+            print(json.dumps(dataclasses.asdict(verified) | {"computed": computed, "pulled": copied}))
     if args.json:
-        value = dataclasses.asdict(verified) | {"computed": computed}
-        value["pulled"] = dataclasses.asdict(pulled) if pulled else None
-        print(json.dumps(value))
         return _INTEGRITY if left else 0
+    if left:
+        print("run: proteus cache verify --repair")
+    elif verified.findings:
+        print(f"{computed} of the pipeline's embeddings were computed again; others are when they are asked for")
+    return _INTEGRITY if left else 0
+
+
+def _print_verified(cache: EmbeddingCache, verified: Verified) -> None:
     size = f"{verified.nbytes / 1e6:.1f} MB"
     print(f"cache {cache.path}: {verified.entries} entries in {verified.segments} segments, {size}, read and compared")
     for finding in verified.findings[:_SHOWN]:
         done = f"; {finding.repaired}" if finding.repaired else ""
         print(f"  {finding.kind} {finding.name}: {finding.what}{done}")
     if len(verified.findings) > _SHOWN:
-        print(f"  and {len(verified.findings) - _SHOWN:,} more; --json has all")
-    if pulled:
-        print(f"  {pulled.entries} entries pulled from {args.source}")
-    if left:
-        print("run: proteus cache verify --repair")
-    elif verified.findings:
-        print(f"{computed} of the pipeline's embeddings were computed again; others are when they are asked for")
-    return _INTEGRITY if left else 0
+        print(f"  and {len(verified.findings) - _SHOWN:,} more; --json has all", flush=True)
 
 
 def _audit(args: argparse.Namespace) -> int:
@@ -263,14 +279,13 @@ def _audit(args: argparse.Namespace) -> int:
 
 
 def _invalidate(args: argparse.Namespace) -> int:
-    from proteus_pipeline.stages.caching import settings_cache, trunk_of
+    from proteus_pipeline.stages.caching import invalidate, settings_cache, trunk_of
 
     reference, overrides = _words(args)
     project = _project()
     version, trunk = trunk_of(project, str(reference))
     cache = settings_cache(project, overrides)
-    recipe = {k: v for k, v in (("layer", args.layer), ("pooling", args.pooling)) if v is not None}
-    number = cache.invalidate(trunk, args.reason, dry_run=args.dry_run, **recipe)
+    number = invalidate(version, cache, args.reason, layer=args.layer, pooling=args.pooling, dry_run=args.dry_run)
     if args.json:
         print(json.dumps({"model": version.reference, "trunk": trunk, "entries": number, "dry_run": args.dry_run}))
         return 0
@@ -282,8 +297,8 @@ def _invalidate(args: argparse.Namespace) -> int:
 def _gc(args: argparse.Namespace) -> int:
     from proteus_pipeline.stages.caching import collect
 
-    if args.grace < 0:
-        raise ConfigError(f"--grace {args.grace} lies in the future", "give 0 or more days")
+    if not (math.isfinite(args.grace) and 0 <= args.grace <= _LONGEST_GRACE):
+        raise ConfigError(f"--grace is {args.grace:g}", f"give a number of days from 0 to {_LONGEST_GRACE:g}")
     cache = _cache(args)
     cleaning = collect(_project(), cache, args.grace, dry_run=args.dry_run)
     if args.json:
@@ -323,10 +338,13 @@ def _pull(args: argparse.Namespace) -> int:
 
 def _copy(args: argparse.Namespace, *, push: bool) -> int:
     from proteus_pipeline.stages.caching import settings_cache, trunk_of
+    from proteus_pipeline.stages.compose import check_is_cache
 
     other, overrides = _words(args)
     project = _project()
     cache = settings_cache(project, overrides)
+    if not push:
+        check_is_cache(Path(str(other)), "cache pull")
     trunk = trunk_of(project, args.model)[1] if args.model else ""
     copied = (cache.push if push else cache.pull)(str(other), trunk=trunk, dry_run=args.dry_run)
     if args.json:
@@ -339,15 +357,20 @@ def _copy(args: argparse.Namespace, *, push: bool) -> int:
 
 
 def _import(args: argparse.Namespace) -> int:
+    from proteus_pipeline.cli.verbs import shown
     from proteus_pipeline.stages.caching import asked, load
 
     source, overrides = _words(args)
-    this = asked(_project(), args.fasta, overrides)
-    number, unknown = load(this, Path(str(source)))
+    project = _project()
+    this = asked(project, args.fasta, overrides)
+    done = load(project, this, Path(str(source)))
     if args.json:
-        print(json.dumps({"imported": number, "unknown": unknown}))
+        print(json.dumps(dataclasses.asdict(done)))
         return 0
-    print(f"{number} embeddings of {source} imported under {this.reference}, marked as unattested")
-    if unknown:
-        print(f"  {len(unknown)} ids of it are not in the FASTA file, {unknown[0]} first")
+    print(f"{done.imported} embeddings of {source} imported under {this.reference}, marked as unattested")
+    if done.unknown:
+        print(f"  {len(done.unknown)} ids of it are not in the FASTA file, {shown(done.unknown[0])} first")
+    if done.skipped:
+        wanted = f"layer {this.recipe.layer}, {this.recipe.pooling}"
+        print(f"  {done.skipped} were skipped: by the file they are of another layer or pooling than {wanted}")
     return 0

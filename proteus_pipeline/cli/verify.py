@@ -96,5 +96,7 @@ def _told(done: Verification) -> str:
         lines.append(f"and {len(done.differences) - _SHOWN} more; --json lists them all")
     lines += [f"do: {text}" for text in done.remedies]
     if not done.differences:
-        lines.append("everything agrees" if done.recomputed == done.sequences else "all that was looked at agrees")
+        what = "everything" if done.recomputed == done.sequences else "all that was looked at"
+        how = ", within the tolerance: bit for bit is for the device class that made it" if done.near else ""
+        lines.append(f"{what} agrees{how}")
     return "\n".join(shown(line) for line in lines)

@@ -15,6 +15,8 @@ writers need no lock; a key that two of them write is stored twice, and either e
 from __future__ import annotations
 
 import logging
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -27,13 +29,14 @@ import numpy as np
 from proteus_pipeline.embeddings.events import make_event, write_event
 from proteus_pipeline.embeddings.index import Attestation, SegmentHeader
 from proteus_pipeline.embeddings.leases import Lease, lease
-from proteus_pipeline.embeddings.publication import Publication, check_entry
+from proteus_pipeline.embeddings.publication import SEGMENTS, Publication, check_entry
 from proteus_pipeline.embeddings.reading import Reader, ahead
 from proteus_pipeline.embeddings.recipe import Recipe
 from proteus_pipeline.embeddings.stored import NUMPY_DTYPES, to_fp32
 from proteus_pipeline.embeddings.usage import last_used, record_use, uses
 from proteus_pipeline.embeddings.visible import Entry, Found, Visible
 from proteus_pipeline.errors import CacheInvalidationError, ConfigError, IntegrityError, StorageError
+from proteus_pipeline.eviction import policies as eviction
 from proteus_pipeline.stores.store import LocalStore
 
 if TYPE_CHECKING:
@@ -47,7 +50,8 @@ if TYPE_CHECKING:
     from proteus_pipeline.serving.interface import ModelInterface
 
 ACCEPT = ("any", "same_class")
-POLICIES = ("lru", "lfu", "fifo", "cost")
+POLICIES = tuple(name for name in eviction.POLICIES if name != "ttl")
+_ATTEMPTS = 3
 # Below this, starting threads takes longer than they save.
 _WORTH_THREADS = 8 << 20
 _log = logging.getLogger(__name__)
@@ -91,7 +95,7 @@ class EmbeddingCache:
     shared
         Another cache's folder, beneath this one: read where this one lacks an entry, and never written.
     max_bytes
-        What all files may take; None for no limit. Whole segments are evicted at the end of a run.
+        What segments and indexes may take; None for no limit. Whole segments are evicted at the end of a run.
     policy
         By which: a name in `proteus_pipeline.eviction.policies.POLICIES`, but for ``ttl``.
 
@@ -126,6 +130,7 @@ class EmbeddingCache:
         self._device_class = device_class or _this_device_class
         self._beneath = LocalStore(shared) if shared else None
         self._visible_beneath = Visible(self._beneath, self.visible) if self._beneath else None
+        self._looking = threading.Lock()  # readers ahead look up one at a time
         self._reader = Reader([self.store, *([self._beneath] if self._beneath else [])])
 
     def refresh(self) -> None:
@@ -225,12 +230,33 @@ class EmbeddingCache:
             yield from filter(None, map(self._first_sound, found))
 
     def _first_sound(self, entries: Sequence[Entry]) -> tuple[Entry, NDArray[np.generic]] | None:
+        failed: dict[Entry, StorageError] = {}
         for entry in entries:
             try:
-                return entry, self._reader.array(entry)
+                array = self._reader.array(entry)
             except StorageError as error:
+                failed[entry] = error
+                continue
+            self._warn(failed)
+            return entry, array
+        # Gone underfoot, to another segment perhaps; or sound in the cache beneath.
+        with self._looking:
+            again = [e for e in self._elsewhere(entries[0].key) if e not in failed]
+        self._warn(failed)
+        return self._first_sound(again) if again else None
+
+    def _warn(self, failed: Mapping[Entry, StorageError]) -> None:
+        """Say what is damaged, or gone though it is listed; what was evicted or merged meanwhile is nobody's fault."""
+        for entry, error in failed.items():
+            if isinstance(error, IntegrityError) or entry.segment in self.visible.segments():
                 _log.warning("%s", error)
-        return None
+
+    def _elsewhere(self, key: str) -> list[Entry]:
+        """Return all entries of a key as they are now, here and beneath."""
+        found = self.look_up([key])
+        if self._visible_beneath:
+            found.append(self._visible_beneath.find([key], mine=self._device_class))
+        return [entry for part in found for entry in part.entries()]
 
     def get(self, key: str, residues: slice | None = None) -> NDArray[np.float32] | None:
         """Return one embedding as fp32, (L, D) or (D,), or None.
@@ -330,8 +356,15 @@ class EmbeddingCache:
             return array
         raise IntegrityError(f"entry {key} in {self.path} is damaged", "run: proteus cache verify --repair")
 
-    def begin(self, trunk: str, recipe: Recipe) -> Publication:
+    def begin(self, trunk: str, recipe: Recipe, published: int | None = None) -> Publication:
         """Begin a segment of entries by some weights and a recipe.
+
+        Parameters
+        ----------
+        trunk, recipe
+            Of its entries.
+        published
+            As for `proteus_pipeline.embeddings.publication.Publication`: of what follows from older entries, their time.
 
         Raises
         ------
@@ -339,7 +372,10 @@ class EmbeddingCache:
             When it can't be written here.
 
         """
-        return Publication(self.store, trunk, recipe)
+        # What an invalidation hides is older than it, and this is not, whatever the clocks say.
+        events = (e.time for e in self.visible.events if e.invalidates(trunk, recipe.described()))
+        published = max(published or time.time_ns(), max(events, default=-1) + 1)
+        return Publication(self.store, trunk, recipe, published)
 
     def publish(
         self,
@@ -443,17 +479,24 @@ class EmbeddingCache:
         from proteus_pipeline.models.device import attested
 
         trunk = model.checkpoint.trunk_digest
-        outcome = embed(
-            sequences,
-            trunk=trunk,
-            recipe=recipe,
-            cache=self,
-            encoder=lambda: model.encoder(precision=recipe.precision, numerics=recipe.numerics, device=device),
-            attest=lambda: attested(device),
-        )
-        keys = [e.key for e in outcome.entries]
-        arrays = {entry.key: to_fp32(array, entry.stored) for entry, array in self.find(keys)}
-        return [arrays[key] for key in keys]
+        keys = [recipe.key(trunk, s) for s in sequences]
+        arrays: dict[str, NDArray[np.float32]] = {}
+        with self.hold() as mine:  # until they are read: another run may be short of room
+            for _ in range(_ATTEMPTS):
+                outcome = embed(
+                    sequences,
+                    trunk=trunk,
+                    recipe=recipe,
+                    cache=self,
+                    encoder=lambda: model.encoder(precision=recipe.precision, numerics=recipe.numerics, device=device),
+                    attest=lambda: attested(device),
+                )
+                for entry, array in self.find(e.key for e in outcome.entries):
+                    arrays[entry.key] = to_fp32(array, entry.stored)
+                    mine.add([entry.segment])
+                if arrays.keys() >= set(keys):
+                    return [arrays[key] for key in keys]
+        raise StorageError(f"embeddings are evicted from {self.path} as fast as they are made", "raise cache.max_bytes")
 
     def plan(self, sequences: Sequence[str], trunk: str, recipe: Recipe, width: int, device_class: str = "") -> Plan:
         """Return what embedding sequences would take: `proteus_pipeline.embeddings.explaining.plan`."""
@@ -515,7 +558,8 @@ class EmbeddingCache:
         """
         try:
             self.refresh()
-            event = make_event("invalidated", reason, trunk=trunk, recipe=recipe)
+            known = [h.published for h in self.all_segments() if h.trunk == trunk]
+            event = make_event("invalidated", reason, after=max(known, default=0), trunk=trunk, recipe=recipe)
             hidden = sum(h.entries for h in self.visible.segments().values() if event.hides(h))
             beneath = self._visible_beneath.segments().values() if self._visible_beneath else ()
             hidden += sum(h.entries for h in beneath if event.hides(h))
@@ -592,7 +636,7 @@ class EmbeddingCache:
         """Ask the system to have the segments of some keys in memory soon; return how many segments those are."""
         segments = {e.segment for entries in self.candidates(list(keys)).values() for e in entries[:1]}
         for segment in segments:
-            self.store.prefetch(f"seg/{segment}")
+            self.store.prefetch(f"{SEGMENTS}/{segment}")
         return len(segments)
 
     def export(self, path: Path, ids: Sequence[str], entries: Sequence[Embedded]) -> None:
@@ -613,10 +657,15 @@ class EmbeddingCache:
         for index in self.visible.indexes:
             on_disk += index.nbytes
         lengths = self.visible.residues()
+        quarantined: dict[str, set[str]] = {}
+        for event in self.visible.events:
+            if event.kind == "quarantined":
+                for segment, keys in event.segments.items():
+                    quarantined.setdefault(segment, set()).update(keys)
         for header in segments.values():
             rows = lengths[header.segment] if header.layout == "per_residue" else header.entries
             raw += rows * header.width * NUMPY_DTYPES[header.stored].itemsize
-            entries += header.entries
+            entries += header.entries - len(quarantined.get(header.segment, ()))
             on_disk += header.segment_bytes
         used = list(uses(self.path))
         counts = {field: sum(getattr(use, field) for use in used) for field in ("hits", "derived", "misses")}

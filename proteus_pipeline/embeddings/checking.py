@@ -17,12 +17,11 @@ from proteus_pipeline.embeddings.events import FOLDER as EVENTS
 from proteus_pipeline.embeddings.events import make_event, read_event, write_event
 from proteus_pipeline.embeddings.housekeeping import rewrite, visible_entries
 from proteus_pipeline.embeddings.index import Attestation, Index, SegmentHeader, encode_index, key_array
-from proteus_pipeline.embeddings.publication import SEGMENTS, to_records
+from proteus_pipeline.embeddings.publication import SEGMENTS, digest_of, to_records
 from proteus_pipeline.embeddings.reading import ahead
 from proteus_pipeline.embeddings.stored import content_hash, to_fp32
 from proteus_pipeline.embeddings.visible import INDEXES, RUNS, Entry
-from proteus_pipeline.errors import IntegrityError, StorageError
-from proteus_pipeline.identity import digests
+from proteus_pipeline.errors import FormatError, IntegrityError, StorageError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -74,8 +73,8 @@ def verify(cache: EmbeddingCache, *, repair: bool = False) -> Verified:
     cache
         All of it but what lies beneath.
     repair
-        Quarantine what is damaged, so that it reads as a miss; make lost indexes again from the segments. Nothing is
-        removed that could be of use: damaged files are set aside in ``quarantine/``.
+        Quarantine what is damaged, so that it reads as a miss; make lost indexes again from the segments. Damaged files
+        are set aside in ``quarantine/``. Damaged events, and files of another format, are left as they are.
 
     Raises
     ------
@@ -83,50 +82,56 @@ def verify(cache: EmbeddingCache, *, repair: bool = False) -> Verified:
         When the cache can't be read, or with `repair` not be written.
 
     """
-    findings = list(_events(cache, repair=repair))
-    cache.refresh()
+    findings = list(_events(cache))
+    if findings:
+        return Verified(0, 0, 0, tuple(findings))  # which entries to look at is not known
     findings += _indexes(cache, repair=repair)
     findings += _orphans(cache, repair=repair)
     cache.refresh()
     entries = nbytes = 0
     headers = cache.visible.segments()
+    where = cache.visible.by_segment()
     for header in headers.values():
-        checked, found = _segment(cache, header, repair=repair)
+        entries_there = visible_entries(cache, where, header.segment)
+        checked, found = _segment(cache, header, entries_there, repair=repair)
         entries, nbytes = entries + checked, nbytes + header.segment_bytes
         findings += found
     return Verified(entries, len(headers), nbytes, tuple(findings))
 
 
-def _events(cache: EmbeddingCache, *, repair: bool) -> Iterator[Finding]:
-    for name in sorted(cache.store.names(EVENTS)):
+def _events(cache: EmbeddingCache) -> Iterator[Finding]:
+    for name in sorted(n for n in cache.store.names(EVENTS) if n.endswith(".json")):
         try:
             read_event(cache.store, f"{EVENTS}/{name}")
+        except FileNotFoundError:  # removed since
+            continue
         except IntegrityError as error:
-            if repair:
-                _set_aside(cache, f"{EVENTS}/{name}")
-            done = "set aside: what it hid is shown again" if repair else ""
-            yield Finding("event", name, str(error), done)
+            # What it hid must not come back by itself: whoever knows removes it.
+            yield Finding("event", name, str(error))
 
 
 def _indexes(cache: EmbeddingCache, *, repair: bool) -> Iterator[Finding]:
     for folder, kind in ((INDEXES, "index"), (RUNS, "run")):
         for name in sorted(cache.store.names(folder)):
-            what = _wrong_with_index(cache, f"{folder}/{name}")
+            what, ours = _wrong_with_index(cache, f"{folder}/{name}")
             if not what:
                 continue
-            if repair:
+            if repair and ours:
                 _set_aside(cache, f"{folder}/{name}")
-            yield Finding(kind, name, what, "set aside; made again from its segments" if repair else "")
+            yield Finding(kind, name, what, "set aside" if repair and ours else "")
 
 
-def _wrong_with_index(cache: EmbeddingCache, name: str) -> str:
+def _wrong_with_index(cache: EmbeddingCache, name: str) -> tuple[str, bool]:
+    """Return what is wrong with an index, and whether it is of this format, and so ours to repair."""
     try:
         index = Index.read(cache.store, name)
     except FileNotFoundError:  # merged since
-        return ""
+        return "", True
+    except FormatError as error:
+        return str(error), False
     except (StorageError, ValueError, KeyError, TypeError) as error:
-        return str(error)
-    return "" if index.sound() else f"the body of {cache.store.location}/{name} fails its checksum"
+        return str(error), True
+    return "" if index.sound() else f"the body of {cache.store.location}/{name} fails its checksum", True
 
 
 def _orphans(cache: EmbeddingCache, *, repair: bool) -> Iterator[Finding]:
@@ -140,6 +145,11 @@ def _orphans(cache: EmbeddingCache, *, repair: bool) -> Iterator[Finding]:
         path = Path(cache.store.location, SEGMENTS, name)
         try:
             data, header = _index_again(path)
+        except FormatError as error:
+            yield Finding("segment", name, str(error))
+            continue
+        except FileNotFoundError:  # another one cleaned up
+            continue
         except (IntegrityError, OSError) as error:
             if repair:
                 _set_aside(cache, f"{SEGMENTS}/{name}")
@@ -163,10 +173,12 @@ def _index_again(path: Path) -> tuple[bytes, SegmentHeader]:
     said = segment_file.describe(path)
     try:
         about = said.attributes["proteus"]
+        if about["format"] != segment_file.FORMAT:
+            raise FormatError(f"{path} has format {about['format']}", "upgrade proteus_pipeline")
         header = SegmentHeader(
             path.name, path.stat().st_size, said.layout, about["stored"], said.width, about["trunk"], about["recipe"],
             Attestation(**about["attestation"]), len(said.keys),
-            tuple(said.chunk_starts) if said.layout == "per_residue" else (), digests.of_bytes(path.read_bytes()),
+            tuple(said.chunk_starts) if said.layout == "per_residue" else (), digest_of(path)[1],
         )  # fmt: skip
     except (KeyError, TypeError) as error:
         raise IntegrityError(f"{path} does not say what it holds", "its entries are computed again") from error
@@ -174,17 +186,21 @@ def _index_again(path: Path) -> tuple[bytes, SegmentHeader]:
     return encode_index([header], key_array(said.keys), records), header
 
 
-def _segment(cache: EmbeddingCache, header: SegmentHeader, *, repair: bool) -> tuple[int, list[Finding]]:
+def _segment(
+    cache: EmbeddingCache, header: SegmentHeader, entries: Sequence[Entry], *, repair: bool
+) -> tuple[int, list[Finding]]:
     name = f"{SEGMENTS}/{header.segment}"
     try:
         size = cache.store.size(name)
     except FileNotFoundError:
+        cache.refresh()
+        if header.segment not in cache.visible.segments():
+            return 0, []  # evicted while this was going on
         if repair:
             event = make_event("retired", "its file is gone", segments={header.segment: []})
             write_event(cache.store, event)
         what = f"the file is gone, and with it {header.entries} entries; they are computed again"
         return 0, [Finding("segment", header.segment, what, "no longer listed" if repair else "")]
-    entries = visible_entries(cache, header.segment)
     damaged = [e for e, why in zip(entries, ahead(lambda e: _damage(cache, e), entries), strict=True) if why]
     findings = []
     if damaged:
@@ -194,7 +210,7 @@ def _segment(cache: EmbeddingCache, header: SegmentHeader, *, repair: bool) -> t
         done = "quarantined: reads as a miss, and is computed again" if repair else ""
         findings = [Finding("entry", e.key, f"damaged in {header.segment}", done) for e in damaged]
     elif len(entries) == header.entries and (
-        size != header.segment_bytes or _file_digest(cache, name) != header.digest
+        size != header.segment_bytes or digest_of(Path(cache.store.location, name))[1] != header.digest
     ):
         # Its entries are sound: some other byte of the zip is not, that another zarr reader may need.
         if repair:
@@ -210,12 +226,6 @@ def _damage(cache: EmbeddingCache, entry: Entry) -> str:
     except StorageError as error:
         return str(error)
     return ""
-
-
-def _file_digest(cache: EmbeddingCache, name: str) -> str:
-    mapped = cache.store.map(name)
-    with memoryview(mapped) as view:
-        return digests.of_bytes(view)
 
 
 def _set_aside(cache: EmbeddingCache, name: str) -> None:

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 from proteus_pipeline.embeddings.cache import EmbeddingCache
 from proteus_pipeline.embeddings.computing import Embedded, Job, Progress, now, spans_of, tokens_of
-from proteus_pipeline.embeddings.deriving import derive
+from proteus_pipeline.embeddings.deriving import derive, sources
 from proteus_pipeline.embeddings.explaining import counts, explain_missing
 from proteus_pipeline.embeddings.index import Attestation
+from proteus_pipeline.embeddings.leases import Lease
 from proteus_pipeline.embeddings.publication import Publication
 from proteus_pipeline.embeddings.recipe import Recipe
 
@@ -101,7 +102,7 @@ def embed(
         lease.add(e.segment for e in found)
         done = {e.key: Embedded(e.key, e.shape, e.stored, e.content) for e in found}
         missing = {key: s for key, s in by_key.items() if key not in done}
-        read = [*found, *(_derive(cache, trunk, recipe, missing, done) if missing else ())]
+        read = [*found, *(_derive(cache, trunk, recipe, missing, done, lease) if missing else ())]
         missing = {key: s for key, s in missing.items() if key not in done}
         theirs: list[Entry] = []
         tokens = sum(tokens_of(spans_of(s, recipe)) for s in missing.values())
@@ -135,16 +136,31 @@ def embed(
 
 
 def _derive(
-    cache: EmbeddingCache, trunk: str, recipe: Recipe, missing: dict[str, str], done: dict[str, Embedded]
+    cache: EmbeddingCache,
+    trunk: str,
+    recipe: Recipe,
+    missing: dict[str, str],
+    done: dict[str, Embedded],
+    lease: Lease,
 ) -> list[Entry]:
     """Publish what can be derived of what is missing, and return the entries that it was derived from."""
+    # As old as the oldest that it may follow from: what is invalidated of those, here or on another machine, is of these.
+    kinds = [(r.layer, r.pooling, r.stored) for r in sources(recipe)]
+    oldest = min(
+        (
+            h.published
+            for h in cache.all_segments()
+            if h.trunk == trunk and (h.recipe["layer"], h.recipe["pooling"], h.recipe["stored"]) in kinds
+        ),
+        default=None,
+    )
     publications: dict[str, Publication] = {}
     read: dict[str, list[Entry]] = {}
     try:
         for key, array, start, source in derive(cache, trunk, recipe, missing):
             device_class = source.device_class
             if device_class not in publications:
-                publications[device_class] = cache.begin(trunk, recipe)
+                publications[device_class] = cache.begin(trunk, recipe, oldest)
             content = publications[device_class].add(key, array, source.length, start)
             done[key] = Embedded(key, array.shape, recipe.stored, content)
             read.setdefault(device_class, []).append(source)
@@ -152,7 +168,8 @@ def _derive(
             # It took, and would take again, what its sources took.
             seconds = sum(e.seconds for e in read[device_class])
             tokens = sum(e.length + 2 for e in read[device_class])
-            publication.publish(Attestation(device_class, "", now(), round(seconds, 6), tokens, "derived"))
+            made = Attestation(device_class, "", now(), round(seconds, 6), tokens, "derived")
+            lease.add([publication.publish(made).segment])
     finally:
         for publication in publications.values():
             publication.discard()

@@ -7,7 +7,8 @@ An event hides entries from every reader from the moment that its file appears:
 ``quarantined``
     Entries that were found damaged; their bytes stay for whoever wants to look.
 ``retired``
-    Whole segments: evicted, unreachable, or written again elsewhere. Their files go after a grace period.
+    Whole segments: evicted or unreachable, whose files go at once; or written again, whose files stay for a while, since
+    a reader may be about to read them.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ import getpass
 import json
 import secrets
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from proteus_pipeline.errors import IntegrityError
+from proteus_pipeline.embeddings.index import key_array, known_fields
+from proteus_pipeline.errors import FormatError, IntegrityError
 from proteus_pipeline.identity import digests
 
 if TYPE_CHECKING:
@@ -62,14 +65,18 @@ class CacheEvent:
         """Say whether a whole segment is hidden by this."""
         if self.kind == "retired":
             return header.segment in self.segments
-        if self.kind != "invalidated" or header.trunk != self.trunk or header.published >= self.time:
+        return header.published < self.time and self.invalidates(header.trunk, header.recipe)
+
+    def invalidates(self, trunk: str, recipe: Mapping[str, Any]) -> bool:
+        """Say whether this is about embeddings by some weights and a recipe, those that are older than it."""
+        if self.kind != "invalidated" or trunk != self.trunk:
             return False
-        return all(header.recipe.get(name) == value for name, value in self.recipe.items())
+        return all(recipe.get(name) == value for name, value in self.recipe.items())
 
 
-def make_event(kind: str, reason: str, **what: Any) -> CacheEvent:
-    """Return an event of now, by this user."""
-    return CacheEvent(kind, time.time_ns(), _user(), reason, **what)
+def make_event(kind: str, reason: str, *, after: int = 0, **what: Any) -> CacheEvent:
+    """Return an event of now, by this user; later than `after`, whatever this machine's clock says."""
+    return CacheEvent(kind, max(time.time_ns(), after + 1), _user(), reason, **what)
 
 
 def write_event(store: Store, event: CacheEvent) -> str:
@@ -104,17 +111,28 @@ def read_event(store: Store, name: str) -> CacheEvent:
         value = json.loads(store.read(name))
         sound = value.pop("checksum") == _checksum(value)
         known = value.pop("format") == FORMAT and value["kind"] in KINDS
-        event = CacheEvent(**value) if sound and known else None
-    except (ValueError, KeyError, TypeError, AttributeError):
+        event = CacheEvent(**known_fields(CacheEvent, value)) if sound and known else None
+        if event is not None:
+            _check(event)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         sound, known, event = False, False, None
     if event is None and sound and not known:
-        raise IntegrityError(f"{where} is of a later format", "upgrade proteus_pipeline")
+        raise FormatError(f"{where} is of a later format", "upgrade proteus_pipeline")
     if event is None:
         raise IntegrityError(
             f"{where} is damaged, and which entries it hides is not known",
             "bring it back from a copy of the cache, or remove it to have them shown again",
         )
     return event
+
+
+def _check(event: CacheEvent) -> None:
+    """Make sure that an event is one, wherever it comes from."""
+    texts = (event.kind, event.by, event.reason, event.trunk, *event.segments)
+    if type(event.time) is not int or not 0 <= event.time < 1 << 63 or not all(isinstance(t, str) for t in texts):
+        raise ValueError("its fields are of other types")
+    event.recipe.keys()
+    key_array([key for keys in event.segments.values() for key in keys])
 
 
 def _checksum(value: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ from proteus_pipeline.embeddings.deriving import sources
 from proteus_pipeline.embeddings.index import key_array
 from proteus_pipeline.embeddings.recipe import Recipe, windows
 from proteus_pipeline.embeddings.stored import NUMPY_DTYPES
+from proteus_pipeline.errors import ConfigError
 
 if TYPE_CHECKING:
     from proteus_pipeline.embeddings.cache import EmbeddingCache
@@ -162,7 +163,10 @@ def explain_missing(cache: EmbeddingCache, missing: Mapping[str, str], trunk: st
     for header, differs in _others(cache, trunk, recipe):
         if not left:
             break
-        other = Recipe.of_described(header.recipe)
+        try:
+            other = Recipe.of_described(header.recipe)
+        except (KeyError, TypeError, ValueError, ConfigError):
+            continue  # of a later version, which knows more
         keys = {other.key(header.trunk, s): key for key, s in left.items()}
         absent = set(_missing(cache, keys))
         nearest = dict(header.recipe) | {"trunk": header.trunk}
@@ -210,7 +214,7 @@ def _others(cache: EmbeddingCache, trunk: str, recipe: Recipe) -> list[tuple[Seg
     for header in newest.values():
         differs = ["weights"] if header.trunk != trunk else []
         differs += [c for c in _COMPONENTS if header.recipe.get(c) != mine[c]]
-        differs += ["policy"] if (header.recipe["windows"] or None) != (mine["windows"] or None) else []
+        differs += ["policy"] if (header.recipe.get("windows") or None) != (mine["windows"] or None) else []
         if differs:
             found.append((header, tuple(differs)))
     return sorted(found, key=lambda pair: (len(pair[1]), -pair[0].published))

@@ -6,28 +6,33 @@ Nothing is removed before an event says so, so that no reader is told of what is
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from proteus_pipeline.embeddings.events import FOLDER as EVENTS
 from proteus_pipeline.embeddings.events import CacheEvent, make_event, read_event, write_event
-from proteus_pipeline.embeddings.index import Attestation, SegmentHeader
-from proteus_pipeline.embeddings.leases import held
+from proteus_pipeline.embeddings.index import Attestation, Index, SegmentHeader, key_strings
+from proteus_pipeline.embeddings.leases import Held, held
 from proteus_pipeline.embeddings.publication import SEGMENTS
 from proteus_pipeline.embeddings.recipe import Recipe
 from proteus_pipeline.embeddings.usage import uses
-from proteus_pipeline.embeddings.visible import Entry, keys_of
-from proteus_pipeline.errors import StorageError
+from proteus_pipeline.embeddings.visible import Entry, entry_of
+from proteus_pipeline.errors import IntegrityError
 from proteus_pipeline.eviction.budget import to_evict
 from proteus_pipeline.eviction.policies import Policy, make_policy
 from proteus_pipeline.stores.files import TEMPORARY_PREFIX
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from proteus_pipeline.embeddings.cache import EmbeddingCache
 
-EVICTED = "evicted"
+EVICTED, REWRITTEN = "evicted", "written again"
+# A writer that lives without a lease, as an import does, needs its unfinished file.
+_YOUNGEST_SECONDS = 3600.0
 GRACE_SECONDS = 14 * 86400.0
 SMALL_BYTES = 16 << 20
 """Segments below this are written together, when there are a few of one kind."""
@@ -95,21 +100,39 @@ def shrink(cache: EmbeddingCache, max_bytes: int, policy: str) -> Cleaning:
     """
     books = replayed(cache, policy)
     headers = cache.visible.segments()
-    total = sum(h.segment_bytes for h in headers.values()) + sum(i.nbytes for i in cache.visible.indexes)
-    if total <= max_bytes:
-        return Cleaning()
     hold = held(cache.path)
+    total = _bytes_on_disk(cache)
+    removed = []
+    # First what was written again: its entries are there.
+    for name in sorted(_retired(cache) & cache.store.names(SEGMENTS)):
+        if total > max_bytes and not hold.holds(name):
+            size = _size(cache, f"{SEGMENTS}/{name}")
+            cache.store.remove(f"{SEGMENTS}/{name}")
+            removed.append(f"{SEGMENTS}/{name}")
+            total -= size
+    if total <= max_bytes:
+        return Cleaning({}, tuple(removed))
     protected = {s for s in headers if hold.holds(s)}
     chosen = [s for s in to_evict(books, total, max_bytes, time=time.time(), protected=protected) if s in headers]
     nbytes = sum(headers[s].segment_bytes for s in chosen)
     kept = dict.fromkeys(protected, "a run holds it") if total - nbytes > max_bytes else {}
-    cleaning = Cleaning(dict.fromkeys(chosen, f"{EVICTED} by {policy}"), (), nbytes, kept)
+    cleaning = Cleaning(dict.fromkeys(chosen, f"{EVICTED} by {policy}"), tuple(removed), nbytes, kept)
     if chosen:
         write_event(cache.store, make_event("retired", f"{EVICTED} by {policy}", segments={s: [] for s in chosen}))
         for segment in chosen:
             cache.store.remove(f"{SEGMENTS}/{segment}")
         cache.refresh()
     return cleaning
+
+
+def _retired(cache: EmbeddingCache) -> set[str]:
+    return {s for e in cache.visible.events if e.kind == "retired" for s in e.segments}
+
+
+def _bytes_on_disk(cache: EmbeddingCache) -> int:
+    """Return the bytes of all segments that there are, visible or not, and of the indexes."""
+    segments = sum(_size(cache, f"{SEGMENTS}/{name}") for name in cache.store.names(SEGMENTS))
+    return segments + sum(index.nbytes for index in cache.visible.indexes)
 
 
 def plan_collection(
@@ -150,7 +173,7 @@ def plan_collection(
             kept[segment] = f"{why}, within the grace period"
         elif why:
             retired[segment] = why
-    removed = list(_files_to_go(cache, before))
+    removed = list(_files_to_go(cache, before, hold))
     sizes = [_size(cache, f"{SEGMENTS}/{s}") for s in retired] + [_size(cache, name) for name in removed]
     return Cleaning(retired, tuple(removed), sum(sizes), kept)
 
@@ -165,16 +188,17 @@ def _hidden_at(cache: EmbeddingCache, headers: Iterable[SegmentHeader]) -> dict[
     return found
 
 
-def _files_to_go(cache: EmbeddingCache, before: int) -> Iterator[str]:
+def _files_to_go(cache: EmbeddingCache, before: int, hold: Held) -> Iterator[str]:
     """Yield files that were retired long ago, and what writers that were killed long ago left."""
     retired = {s: e.time for e in cache.visible.events if e.kind == "retired" for s in e.segments}
     for name in sorted(cache.store.names(SEGMENTS)):
-        if retired.get(name, before) < before:
+        if retired.get(name, before) < before and not hold.holds(name):
             yield f"{SEGMENTS}/{name}"
+    youngest = min(before, int((time.time() - _YOUNGEST_SECONDS) * 1e9), hold.since or before)
     folder = Path(cache.store.location)
     for path in sorted(folder.glob(f"*/{TEMPORARY_PREFIX}*")):
         try:
-            if path.stat().st_mtime * 1e9 < before:
+            if path.stat().st_mtime * 1e9 < youngest:
                 yield str(path.relative_to(folder))
         except OSError:
             continue
@@ -217,8 +241,11 @@ def _forget_events(cache: EmbeddingCache) -> None:
     """Remove events of segments that are gone from everywhere."""
     cache.refresh()
     there = cache.store.names(SEGMENTS) | cache.visible.segments(hidden=True).keys()
-    for name in sorted(cache.store.names(EVENTS)):
-        event = read_event(cache.store, f"{EVENTS}/{name}")
+    for name in sorted(n for n in cache.store.names(EVENTS) if n.endswith(".json")):
+        try:
+            event = read_event(cache.store, f"{EVENTS}/{name}")
+        except FileNotFoundError:  # another one was quicker
+            continue
         # Evictions stay: the policies learn from them.
         over = event.kind in {"retired", "quarantined"} and not event.reason.startswith(EVICTED)
         if over and not there & event.segments.keys():
@@ -228,8 +255,8 @@ def _forget_events(cache: EmbeddingCache) -> None:
 def compact(cache: EmbeddingCache, *, small: int = SMALL_BYTES, everything: bool = False) -> int:
     """Write small segments of one kind together, and those of which half is hidden anew; return how many were replaced.
 
-    New segments are published before the old ones are retired, and those stay on the disk for the grace period, since a
-    reader may be about to read them.
+    New segments are published before the old ones are retired, and those stay on the disk for the grace period, or until
+    the budget needs their room, since a reader may be about to read them.
 
     Raises
     ------
@@ -276,38 +303,84 @@ def _parts(headers: Sequence[SegmentHeader]) -> Iterator[list[SegmentHeader]]:
 
 
 def rewrite(cache: EmbeddingCache, headers: Sequence[SegmentHeader]) -> int:
-    """Write the sound entries of segments of one kind into a new one, and retire them; return how many were retired."""
-    entries: dict[str, Entry] = {}
+    """Write the sound entries of segments of one kind into a new one, and retire them; return how many were retired.
+
+    The new one has the time of the oldest: what was invalidated after that stays so, here and wherever it is copied to.
+
+    Raises
+    ------
+    StorageError
+        When they can't be read or written: nothing is then retired. Only what is damaged is left behind.
+
+    """
+    cache.refresh()
+    now = cache.visible.segments()
+    headers = [h for h in headers if h.segment in now]  # hidden in the meantime
+    if not headers:
+        return 0
+    where = cache.visible.by_segment()
+    entries: dict[str, list[Entry]] = {}
     for header in headers:
-        for entry in visible_entries(cache, header.segment):
-            entries.setdefault(entry.key, entry)
+        for entry in visible_entries(cache, where, header.segment):
+            entries.setdefault(entry.key, []).append(entry)
     first = headers[0]
-    publication = cache.begin(first.trunk, Recipe.of_described(first.recipe))
-    tokens = 0
+    oldest = min(h.published for h in headers)
+    publication = cache.begin(first.trunk, Recipe.of_described(first.recipe), oldest)
+    tokens, seconds = 0, 0.0
     try:
-        for entry in entries.values():
-            try:
-                array = cache.read(entry)
-                start = cache.read_start(entry) if len(entry.shape) == 2 else None
-            except StorageError:
-                continue  # damaged: it is a miss from now on, as it was
-            publication.add(entry.key, array, entry.length, start)
-            tokens += entry.length + 2
+        for copies in entries.values():
+            sound = _first_sound(cache, copies)
+            if sound:
+                entry, array, start = sound
+                publication.add(entry.key, array, entry.length, start)
+                tokens, seconds = tokens + entry.length + 2, seconds + entry.seconds
         a = first.attestation
         if len(publication):
-            seconds = sum(e.seconds for e in entries.values())
             newest = max(h.attestation.time for h in headers)
             publication.publish(Attestation(a.device_class, a.torch, newest, round(seconds, 6), tokens, a.origin))
     finally:
         publication.discard()
     segments: dict[str, list[str]] = {h.segment: [] for h in headers}
-    write_event(cache.store, make_event("retired", f"written again as {publication.name}", segments=segments))
+    write_event(cache.store, make_event("retired", f"{REWRITTEN} as {publication.name}", segments=segments))
     cache.tidy()
     return len(headers)
 
 
-def visible_entries(cache: EmbeddingCache, segment: str) -> list[Entry]:
-    """Return a segment's visible entries, each once, in the order of the file."""
-    entries = {key: entry for index in cache.visible.indexes for key, entry in keys_of(index, [segment])}
+def _first_sound(
+    cache: EmbeddingCache, copies: Sequence[Entry]
+) -> tuple[Entry, NDArray[np.generic], NDArray[np.generic] | None] | None:
+    for entry in copies:
+        try:
+            array = cache.read(entry)
+        except IntegrityError:
+            continue  # damaged: a miss from now on, as it was. Any other error may be over soon
+        try:
+            return entry, array, cache.read_start(entry) if len(entry.shape) == 2 else None
+        except IntegrityError:
+            return entry, array, None
+    return None
+
+
+def visible_entries(
+    cache: EmbeddingCache, where: Mapping[str, tuple[Index, NDArray[np.int64]]], segment: str
+) -> list[Entry]:
+    """Return a segment's visible entries, each once, in the order of the file.
+
+    Parameters
+    ----------
+    cache
+        Whose events hide some.
+    where
+        As `proteus_pipeline.embeddings.visible.Visible.by_segment` says.
+    segment
+        Its name.
+
+    """
+    if segment not in where:
+        return []
+    index, rows = where[segment]
     hidden = {k for e in cache.visible.events if e.kind == "quarantined" for k in e.segments.get(segment, ())}
+    entries = {
+        key: entry_of(key, index, int(row)) for key, row in zip(key_strings(index.keys(rows)), rows, strict=True)
+    }
     return sorted((e for key, e in entries.items() if key not in hidden), key=lambda e: e.offset)

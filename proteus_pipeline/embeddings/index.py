@@ -18,11 +18,12 @@ from __future__ import annotations
 
 import json
 import mmap
+import re
 import struct
 from bisect import bisect_left
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from math import isqrt
 from pathlib import Path
@@ -30,7 +31,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from proteus_pipeline.errors import IntegrityError
+from proteus_pipeline.embeddings.stored import NUMPY_DTYPES
+from proteus_pipeline.errors import FormatError, IntegrityError
 from proteus_pipeline.identity import digests
 
 if TYPE_CHECKING:
@@ -39,6 +41,8 @@ if TYPE_CHECKING:
     from proteus_pipeline.stores.store import Store
 
 FORMAT = 1
+LAYOUTS = ("pooled", "per_residue")
+_NAME = re.compile(r"\d{1,20}-[0-9a-z]{1,32}\.zip", re.ASCII)
 _MAGIC = b"PROTEIX" + bytes([FORMAT])
 _HEAD = struct.Struct("<8sII16s")
 _LOW = struct.Struct("<Q")
@@ -196,18 +200,21 @@ class Index:
         magic, length, _, checksum = _HEAD.unpack_from(mapped)
         if magic != _MAGIC:
             if magic[:7] == _MAGIC[:7]:
-                raise IntegrityError(f"{where} has format {magic[7]}, and this proteus reads {FORMAT}", "upgrade it")
+                raise FormatError(f"{where} has format {magic[7]}, and this proteus reads {FORMAT}", "upgrade it")
             raise IntegrityError(f"{where} is no index file", remedy)
         start = _HEAD.size + length
         text = bytes(mapped[_HEAD.size : start])
         if digests.of_bytes(text) != checksum.hex():
             raise IntegrityError(f"the header of {where} fails its checksum", remedy)
-        header = _Header(**json.loads(text))
+        try:
+            header = _Header(**known_fields(_Header, json.loads(text)))
+            segments = tuple(segment_header(value) for value in header.segments)
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+            raise IntegrityError(f"{where} says what no index of format {FORMAT} says ({error})", remedy) from error
         if len(mapped) - start != header.entries * (8 + RECORD.itemsize):
             raise IntegrityError(f"{where} is truncated", remedy)
         high = np.frombuffer(mapped, dtype="<u8", count=header.entries, offset=start)
         records = np.frombuffer(mapped, dtype=RECORD, count=header.entries, offset=start + 8 * header.entries)
-        segments = tuple(_segment_header(value) for value in header.segments)
         index = cls(name, len(mapped), segments, high, records, header.body, mapped, high.data)
         if len(mapped) <= CHECKED_BYTES and not index.sound():
             raise IntegrityError(f"the body of {where} fails its checksum", remedy)
@@ -393,9 +400,37 @@ def _in_order(
         yield high[order], records[order]
 
 
-def _segment_header(value: dict[str, Any]) -> SegmentHeader:
-    changes = {"attestation": Attestation(**value["attestation"]), "chunk_starts": tuple(value["chunk_starts"])}
-    return SegmentHeader(**value | changes)
+def segment_header(value: dict[str, Any]) -> SegmentHeader:
+    """Return a segment's header from its JSON; fields that are not known are passed over.
+
+    It may come from anywhere, and its name becomes a path.
+
+    Raises
+    ------
+    ValueError, TypeError, KeyError, AttributeError
+        When it is none.
+
+    """
+    a = Attestation(**known_fields(Attestation, value["attestation"]))
+    changes = {"attestation": a, "chunk_starts": tuple(value.get("chunk_starts", ()))}
+    header = SegmentHeader(**known_fields(SegmentHeader, value) | changes)
+    counts = (header.segment_bytes, header.width, header.entries, a.tokens, *header.chunk_starts)
+    if not _NAME.fullmatch(header.segment) or header.published >= 1 << 63:
+        raise ValueError(f"{header.segment!r} is no segment's name")
+    if any(type(n) is not int or not 0 <= n < 1 << 62 for n in counts) or not header.width:
+        raise ValueError(f"{header.segment} has a number that is none")
+    if not isinstance(a.seconds, int | float) or not 0 <= a.seconds < 1e15:
+        raise ValueError(f"{header.segment} took {a.seconds} s")
+    texts = (header.trunk, header.digest, a.device_class, a.torch, a.time, a.origin)
+    if header.layout not in LAYOUTS or header.stored not in NUMPY_DTYPES or not all(isinstance(t, str) for t in texts):
+        raise ValueError(f"{header.segment} is of no kind that there is")
+    header.recipe.keys()
+    return header
+
+
+def known_fields(cls: type, value: dict[str, Any]) -> dict[str, Any]:
+    """Return those items of a mapping that a dataclass has fields for: a later writer may have added others."""
+    return {f.name: value[f.name] for f in fields(cls) if f.name in value}
 
 
 def key_array(keys: Sequence[str]) -> NDArray[np.void]:

@@ -181,8 +181,9 @@ def _alive(path: Path) -> _Said | None:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
                 return _said(path, file.read())
-            except OSError:  # no locks here
-                return _said(path, file.read()) if time.time() - path.stat().st_mtime < _LONGEST else None
+            except OSError:  # no locks here: it may be dead, and nobody waits for what it claimed
+                said = _said(path, file.read())._replace(claims=set(), wants=set())
+                return said if time.time() - path.stat().st_mtime < _LONGEST else None
             path.unlink(missing_ok=True)
     except OSError:
         pass

@@ -7,7 +7,6 @@ computes the same, and where other bits are right, on another device class, how 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 FORMAT = 1
+# Above every sum of as many fp32 numbers as a disk can hold.
+_LARGEST_SUM = 1e60
+_STAGES = {"results/embeddings.json": "embed", "results/candidate.json": "compare"}
 DEFAULT_CACHE = ".proteus/cache"
 
 
@@ -112,38 +114,69 @@ def read_manifest(path: Path) -> Manifest:
     try:
         data = path.read_bytes()
     except FileNotFoundError as error:
-        raise StorageError(f"{path} does not exist", "run: dvc repro embed") from error
+        raise StorageError(f"{path} does not exist", remedy(path, "dvc repro")) from error
     except OSError as error:
         raise storage_error("read", path, error) from error
     try:
         value = json.loads(data)
         if value["format"] != FORMAT:
             raise IntegrityError(
-                f"{path} has format {value['format']}, and this proteus reads {FORMAT}", "run: dvc repro embed"
+                f"{path} has format {_brief(value['format'])}, and this proteus reads {FORMAT}",
+                remedy(path, "dvc repro"),
             )
-        rows = value["sequences"]
+        rows, recipe = value["sequences"], _recipe(value["recipe"])
         entries = tuple(_row(r, value["device_classes"]) for r in rows)
-        return Manifest(_text(value["trunk"]), dict(value["recipe"]), tuple(_text(r["id"]) for r in rows), entries)
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+        return Manifest(_text(value["trunk"]), recipe, tuple(_text(r["id"]) for r in rows), entries)
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
         what = f"no {error}" if isinstance(error, KeyError) else error
-        raise IntegrityError(f"{path} is damaged ({what})", "run: dvc repro --force --single-item embed") from error
+        raise IntegrityError(f"{path} is damaged ({what})", remedy(path, "dvc repro --force --single-item")) from error
+
+
+def remedy(path: Path, command: str) -> str:
+    """Return what makes a manifest anew, by the stage that its name says it is of."""
+    stage = _STAGES.get("/".join(path.absolute().parts[-2:]))
+    return f"run: {command} {stage}" if stage else f"give a manifest, such as {' or '.join(_STAGES)}"
+
+
+def _recipe(value: object) -> dict[str, Any]:
+    """Return a recipe whose values are such as a recipe's are; which they are, is for others to compare."""
+    if not isinstance(value, dict):
+        raise TypeError(f"{_brief(value)} is no recipe")
+    for name, field in value.items():
+        if not (_is_windows(field) if name == "windows" else type(field) in {str, int, type(None)}):
+            raise TypeError(f"{_brief(field)} is no {name} of a recipe")
+        _text(str(field))
+    return value
+
+
+def _is_windows(value: object) -> bool:
+    return value is None or (isinstance(value, list) and [type(n) for n in value] == [int, int])
 
 
 def _row(row: dict[str, Any], classes: list[str]) -> Listed:
     numbers = tuple(_text(number) for number in row["sketch"])
-    if len(numbers) != PROJECTIONS + 1 or not all(math.isfinite(float(number)) for number in numbers):
-        raise ValueError(f"{numbers} is no sketch")
-    number = row["device_class"]
+    # A comparison with nan is false.
+    if len(numbers) != PROJECTIONS + 1 or not all(abs(float(number)) < _LARGEST_SUM for number in numbers):
+        raise ValueError(f"{_brief(numbers)} is no sketch")
+    number, shape = row["device_class"], row["shape"]
     if type(number) is not int or number < 0:
-        raise ValueError(f"{number!r} is no device class's number")
-    shape = tuple(int(n) for n in row["shape"])
-    return Listed(_text(row["key"]), shape, _text(row["dtype"]), _text(row["content"]), _text(classes[number]), numbers)
+        raise ValueError(f"{_brief(number)} is no device class's number")
+    if not isinstance(shape, list) or not all(type(n) is int for n in shape):
+        raise TypeError(f"{_brief(shape)} is no shape")
+    texts = map(_text, (row["key"], row["dtype"], row["content"], classes[number]))
+    key, stored, content, device_class = texts
+    return Listed(key, tuple(shape), stored, content, device_class, numbers)
 
 
 def _text(value: object) -> str:
     if not isinstance(value, str):
-        raise TypeError(f"{value!r} is no text")
+        raise TypeError(f"{_brief(value)} is no text")
+    value.encode()  # JSON can write halves of characters, which nothing can print
     return value
+
+
+def _brief(value: object) -> str:
+    return ascii(value)[:80]
 
 
 def load_embeddings(
@@ -186,7 +219,7 @@ def load_embeddings(
         kind = IntegrityError if isinstance(damage, IntegrityError) else StorageError
         raise kind(
             f"{len(missing)} of {len(listed.ids)} embeddings of {path} are not in {store.path}, {missing[0]} first",
-            "run: dvc repro --force --single-item embed",
+            remedy(path, "dvc repro --force --single-item"),
         ) from damage
     return list(listed.ids), [found[e.key] for e in listed.entries]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import secrets
 import time
 from contextlib import suppress
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
     from proteus_pipeline.stores.store import Store
 
 SEGMENTS = "seg"
+_PART_BYTES = 1 << 20
 
 
 class Publication:
@@ -43,6 +43,8 @@ class Publication:
         The cache's.
     trunk, recipe
         What the entries' keys were made from.
+    published
+        The time in its name, nanoseconds since 1970, by which an invalidation knows what came before it; now where None.
 
     Raises
     ------
@@ -51,12 +53,12 @@ class Publication:
 
     """
 
-    def __init__(self, store: Store, trunk: str, recipe: Recipe) -> None:
+    def __init__(self, store: Store, trunk: str, recipe: Recipe, published: int | None = None) -> None:
         self._store = store
         self._trunk = trunk
         self._recipe = recipe
         self._layout = "per_residue" if recipe.pooling == "per_residue" else "pooled"
-        self.name = f"{time.time_ns():020d}-{secrets.token_hex(6)}"
+        self.name = f"{time.time_ns() if published is None else published:020d}-{secrets.token_hex(6)}"
         self._file = store.begin(f"{SEGMENTS}/{self.name}.zip")
         self._width = 0
         self._have: set[str] = set()
@@ -132,8 +134,7 @@ class Publication:
         attributes |= {"stored": self._recipe.stored, "attestation": asdict(attestation)} | more
         try:
             placed, starts = self._writer.finish(self._width, {"proteus": attributes})
-            with self._file.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as whole:
-                nbytes, digest = len(whole), digest_of(whole)
+            nbytes, digest = digest_of(self._file.path)
         except OSError as error:
             raise self._failed(error) from error
         header = SegmentHeader(
@@ -177,10 +178,14 @@ def check_entry(recipe: Recipe, key: str, array: NDArray[np.generic], length: in
         raise ValueError(f"{shown} is no {recipe.pooling} array of {length} residues in {recipe.stored} ({key})")
 
 
-def digest_of(whole: mmap.mmap) -> str:
-    """Return the digest of a segment's whole file."""
-    with memoryview(whole) as view:
-        return digests.of_bytes(view)
+def digest_of(path: Path) -> tuple[int, str]:
+    """Return a file's size and digest; a part at a time: mapped, all of it would count as this process's memory."""
+    hashed, nbytes = digests.Hasher(), 0
+    with path.open("rb") as file:
+        while data := file.read(_PART_BYTES):
+            hashed.update(data)
+            nbytes += len(data)
+    return nbytes, hashed.hexdigest()
 
 
 def to_records(placed: Sequence[Placed], lengths: Sequence[int], contents: Sequence[str]) -> NDArray[np.void]:

@@ -62,14 +62,28 @@ class Reader:
             When they are gone or can't be read.
 
         """
-        data = self._bytes(entry.segment, entry.offset, entry.nbytes)
+        failed: StorageError | None = None
+        for store in self._stores:
+            try:
+                return self._array(store, entry)
+            except FileNotFoundError:
+                continue
+            except StorageError as error:
+                failed = failed or error  # it may be sound in the cache beneath
+        raise failed or StorageError(f"{self._place(entry.segment)} is gone", _REPAIR)
+
+    def _array(self, store: Store, entry: Entry) -> NDArray[np.generic]:
+        name = f"{SEGMENTS}/{entry.segment}"
+        where = f"{store.location}/{name}"
+        data = store.read(name, entry.offset, entry.nbytes)
+        if len(data) != entry.nbytes:
+            raise IntegrityError(f"{where} is truncated", _REPAIR)
         if len(entry.shape) == 1:
             whole = len(data) - len(data) % NUMPY_DTYPES[entry.stored].itemsize  # of a damaged index's number of bytes
             array: NDArray[np.generic] = np.frombuffer(data[:whole], dtype=NUMPY_DTYPES[entry.stored])
         else:
-            array = segment_file.decode_entry(data, entry.stored, entry.shape, self._place(entry.segment))
+            array = segment_file.decode_entry(data, entry.stored, entry.shape, where)
         if content_hash(array, entry.stored) != entry.content:
-            where = self._place(entry.segment)
             raise IntegrityError(f"entry {entry.key} in {where} is not what its index says", "it is computed again")
         return array
 

@@ -60,7 +60,7 @@ def distance(one: Sequence[str], other: Sequence[str]) -> float:
     0.0
     """
     (norm, *first), (own, *second) = map(float, one), map(float, other)
-    apart = max(abs(norm - own), math.sqrt(sum((a - b) ** 2 for a, b in zip(first, second, strict=True)) / len(first)))
+    apart = max(abs(norm - own), math.dist(first, second) / math.sqrt(len(first)))
     return apart / own if own else math.inf if apart else 0.0
 
 

@@ -63,7 +63,7 @@ def uses(folder: Path) -> Iterator[Use]:
             when = dt.datetime.fromisoformat(value["time"]).timestamp()
             segments = {str(k): int(v) for k, v in value.get("segments", {}).items()}
             yield Use(when, int(value["hits"]), int(value["derived"]), int(value["misses"]), segments)
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
             continue
 
 

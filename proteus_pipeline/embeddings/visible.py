@@ -6,7 +6,7 @@ import logging
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
@@ -21,7 +21,6 @@ from proteus_pipeline.embeddings.index import (
     Index,
     SegmentHeader,
     key_array,
-    key_strings,
     merge_indexes,
 )
 from proteus_pipeline.errors import StorageError
@@ -176,7 +175,8 @@ class Visible:
     store
         Where they lie.
     above
-        What is seen of a cache that lies on top of this one: what its events hide is hidden here too.
+        What is seen of a cache that lies on top of this one: what is invalidated there is hidden here too. What else
+        happened there is about its own files.
 
     """
 
@@ -208,7 +208,7 @@ class Visible:
     @property
     def events(self) -> list[CacheEvent]:
         """All events that hold here, the oldest first."""
-        above = self._above.events if self._above else []
+        above = [e for e in self._above.events if e.kind == "invalidated"] if self._above else []
         return sorted([*self._events.values(), *above], key=lambda e: e.time)
 
     def segments(self, *, hidden: bool = False) -> dict[str, SegmentHeader]:
@@ -230,6 +230,17 @@ class Visible:
             unsound = {s.segment for index in self.indexes if not index.checked for s in index.segments}
             self._headers = {name: h for name, h in self.segments(hidden=True).items() if name not in unsound}
         return self._headers.get(segment)
+
+    def by_segment(self) -> dict[str, tuple[Index, NDArray[np.int64]]]:
+        """Return where the rows of each segment are: an index that names it, and its rows there, of all its entries."""
+        found: dict[str, tuple[Index, NDArray[np.int64]]] = {}
+        for index in self.indexes:
+            order = np.argsort(index.records["segment"], kind="stable")
+            numbers, firsts = np.unique(index.records["segment"][order], return_index=True)
+            for number, rows in zip(numbers.tolist(), np.split(order, firsts[1:]), strict=True):
+                if number < len(index.segments):
+                    found.setdefault(index.segments[number].segment, (index, rows))
+        return found
 
     def residues(self) -> Counter[str]:
         """Return the residues of all entries of each segment."""
@@ -490,11 +501,3 @@ def entry_of(key: str, index: Index, row: int) -> Entry:
         nbytes,
         place,
     )
-
-
-def keys_of(index: Index, segments: Iterable[str]) -> Iterator[tuple[str, Entry]]:
-    """Yield the keys and entries that an index has of some segments."""
-    numbers = [n for n, s in enumerate(index.segments) if s.segment in set(segments)]
-    rows = np.flatnonzero(np.isin(index.records["segment"], numbers))
-    for key, row in zip(key_strings(index.keys(rows)), rows, strict=True):
-        yield key, entry_of(key, index, int(row))

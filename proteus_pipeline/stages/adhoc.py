@@ -14,7 +14,7 @@ from proteus_pipeline.embeddings.export import FORMAT, check_target, export
 from proteus_pipeline.errors import ConfigError
 from proteus_pipeline.sequences.fasta import Record, read_fasta
 from proteus_pipeline.sequences.rules import clean
-from proteus_pipeline.stages.compose import recipe_of, resolve_stages, rules_of
+from proteus_pipeline.stages.compose import check_cache_folders, recipe_of, resolve_stages, rules_of
 from proteus_pipeline.stages.embed import embed_records
 from proteus_pipeline.stages.project import Project
 
@@ -47,8 +47,10 @@ def embed_file(
     return outcome
 
 
-def composed_of(project: Project, fasta: Path | None, overrides: Sequence[str]) -> tuple[dict[str, Any], list[Record]]:
-    """Return what composed.yaml would hold for the embed stage, and the clean records of a file.
+def composed_of(
+    project: Project, fasta: Path | None, overrides: Sequence[str], stage: str = "embed"
+) -> tuple[dict[str, Any], list[Record]]:
+    """Return what composed.yaml would hold for a stage, and the clean records of a file.
 
     Parameters
     ----------
@@ -58,6 +60,8 @@ def composed_of(project: Project, fasta: Path | None, overrides: Sequence[str]) 
         The file; None for the one that the settings name.
     overrides
         Hydra overrides.
+    stage
+        ``embed`` or ``compare``.
 
     Raises
     ------
@@ -65,6 +69,8 @@ def composed_of(project: Project, fasta: Path | None, overrides: Sequence[str]) 
         When an override is wrong.
     SequenceError
         When the file can't be used.
+    StorageError
+        When ``cache.path`` or ``cache.shared`` can't be a cache.
 
     """
     changes = parse(overrides)
@@ -75,7 +81,8 @@ def composed_of(project: Project, fasta: Path | None, overrides: Sequence[str]) 
         # The file is named from where the user stands, not from the project's root.
         changes = overlay(changes, {"data": {"fasta": str(fasta.absolute())}})
     composition = compose(project.work, read_params(project.work / PARAMS), changes=changes)
-    composed = resolve_stages(project, composition, ("embed",))
+    check_cache_folders(project, composition.settings.cache)
+    composed = resolve_stages(project, composition, (stage,))
     path = project.find_file(composed["data"]["fasta"]) if fasta is None else fasta
     records, _ = clean(read_fasta(path), rules_of(composed["data"]))
     return composed, records

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +21,15 @@ from proteus_pipeline.embeddings.manifest import read_manifest
 from proteus_pipeline.embeddings.recipe import Recipe
 from proteus_pipeline.embeddings.stored import to_stored
 from proteus_pipeline.errors import ConfigError, ProteusError, StorageError
+from proteus_pipeline.models.architecture import resolve_layer
 from proteus_pipeline.models.device import device_class, matmul_rate, resolve_device
-from proteus_pipeline.sequences.fasta import Record
+from proteus_pipeline.models.pooling import POOLINGS
+from proteus_pipeline.sequences.fasta import Record, shown
 from proteus_pipeline.stages.adhoc import composed_of
-from proteus_pipeline.stages.compose import recipe_of
+from proteus_pipeline.stages.compose import check_cache_folders, recipe_of
 from proteus_pipeline.stages.embed import embed_records
-from proteus_pipeline.stages.project import MANIFEST, Project
+from proteus_pipeline.stages.project import CANDIDATE, COMPOSED, MANIFEST, Project
+from proteus_pipeline.stores.files import storage_error
 
 if TYPE_CHECKING:
     from proteus_pipeline.embeddings.checking import Audited
@@ -75,10 +80,13 @@ def settings_cache(project: Project, overrides: Sequence[str]) -> EmbeddingCache
     ------
     ConfigError
         When an override is wrong.
+    StorageError
+        When ``cache.path`` or ``cache.shared`` can't be a cache.
 
     """
     composition = compose(project.work, read_params(project.work / PARAMS), changes=parse(overrides))
     settings = composition.settings
+    check_cache_folders(project, settings.cache)
     return project.cache({"cache": dataclasses.asdict(settings.cache), "runtime": dataclasses.asdict(settings.runtime)})
 
 
@@ -162,19 +170,36 @@ def audit(project: Project, this: Asked, sample: int) -> list[Audited]:
     return this.cache.audit(this.sequences, model, this.recipe, sample=sample, device=device)
 
 
-def versions_by_trunk(project: Project) -> dict[str, list[str]]:
-    """Return the live versions that have each trunk."""
+def versions_by_trunk(project: Project) -> tuple[dict[str, list[str]], list[ProteusError]]:
+    """Return the live versions that have each trunk, and why some versions' trunk can't be told.
+
+    The weights of a version without a record, which ``gto register`` or a person tagged, are read for it.
+    """
     found: dict[str, list[str]] = {}
+    unknown: list[ProteusError] = []
     for versions in project.manager.list_models().values():
         for version in versions:
-            if version.record:
-                found.setdefault(version.record.trunk_digest, []).append(version.reference)
-    return found
+            try:
+                found.setdefault(_trunk(version), []).append(version.reference)
+            except ProteusError as error:
+                unknown.append(error)
+    return found, unknown
+
+
+def _trunk(version: ModelVersion) -> str:
+    if version.damage:
+        raise version.damage
+    return version.record.trunk_digest if version.record else version.checkpoint.trunk_digest
+
+
+def _extent(version: ModelVersion, name: str) -> int:
+    """Return a version's ``layers`` or ``width``: of its record, where it has one, which needs no weights."""
+    return int(version.record.architecture[name] if version.record else getattr(version.checkpoint.architecture, name))
 
 
 def contents(project: Project, cache: EmbeddingCache) -> list[tuple[Content, list[str]]]:
     """Return what is in a cache, with the versions whose weights made it."""
-    names = versions_by_trunk(project)
+    names, _ = versions_by_trunk(project)
     return [(content, names.get(content.trunk, [])) for content in cache.contents()]
 
 
@@ -188,27 +213,110 @@ def trunk_of(project: Project, reference: str) -> tuple[ModelVersion, str]:
 
     """
     version = project.manager.resolve(reference)
-    return version, version.record.trunk_digest if version.record else version.checkpoint.trunk_digest
+    return version, _trunk(version)
+
+
+def invalidate(
+    version: ModelVersion,
+    cache: EmbeddingCache,
+    reason: str,
+    *,
+    layer: int | None = None,
+    pooling: str | None = None,
+    dry_run: bool = False,
+) -> int:
+    """Hide embeddings of a version's weights; return how many.
+
+    Parameters
+    ----------
+    version, cache
+        Whose embeddings, and where.
+    reason
+        Why.
+    layer
+        Only those of this layer, which may count from the end; of all where None.
+    pooling
+        Only those of this pooling; of all where None.
+    dry_run
+        Only count.
+
+    Raises
+    ------
+    ConfigError
+        For a layer or a pooling that there is not, or an empty reason; nothing is then hidden.
+    CacheInvalidationError
+        When it can't be carried out.
+
+    """
+    if not reason.strip():
+        raise ConfigError("--reason is empty", "say why: explain shows it to whoever wonders")
+    recipe: dict[str, Any] = {}
+    if layer is not None:
+        layers = _extent(version, "layers")
+        try:
+            recipe["layer"] = resolve_layer(layer, layers)
+        except ConfigError as error:
+            raise ConfigError(
+                f"--layer is {layer}, and {version.reference} has {layers} layers", error.remedy
+            ) from error
+    if pooling is not None:
+        if pooling not in POOLINGS:
+            raise ConfigError(f"--pooling is {pooling!r}", f"use one of {', '.join(POOLINGS)}")
+        recipe["pooling"] = pooling
+    return cache.invalidate(_trunk(version), reason, dry_run=dry_run, **recipe)
 
 
 def collect(project: Project, cache: EmbeddingCache, grace_days: float, *, dry_run: bool) -> Cleaning:
     """Remove what no tag and no composed.yaml reaches.
 
-    A cache outside of the project may be other projects' too: there, no weights count as unreachable.
+    A cache outside of the project may be other projects' too: there, no weights count as unreachable. Nor do they where
+    it can't be told which weights somebody has; a note on stderr then says why.
     """
     trunks: set[str] | None = None
     if cache.path.resolve().is_relative_to(project.home.resolve()):
-        trunks = set(versions_by_trunk(project))
         try:
-            stages = project.composed["stages"].values()
-            trunks |= {stage["model"]["trunk_digest"] for stage in stages if stage["model"]["trunk_digest"]}
-        except (ProteusError, KeyError, TypeError):
-            pass  # nothing was composed yet
+            trunks = _reachable(project)
+        except ProteusError as error:
+            text = " ".join(str(error).split())
+            print(f"note: no weights count as unreachable, since some can't be told: {text}", file=sys.stderr)
     return cache.gc(trunks=trunks, grace_seconds=grace_days * 86400, dry_run=dry_run)
 
 
-def compute_lost(project: Project) -> int:
-    """Compute what the pipeline's manifest lists and the cache has lost; return how many those were.
+def _reachable(project: Project) -> set[str]:
+    """Return the trunks of all live versions, and of composed.yaml.
+
+    Raises
+    ------
+    ProteusError
+        When one can't be told.
+
+    """
+    found, unknown = versions_by_trunk(project)
+    if unknown:
+        raise unknown[0]
+    if not os.path.lexists(project.work / COMPOSED):
+        return set(found)  # nothing was composed yet
+    try:
+        stages = project.composed["stages"]
+        composed = [stages[name]["model"]["trunk_digest"] for name in stages]
+    except (KeyError, TypeError) as error:
+        raise StorageError(f"{COMPOSED} is damaged", "run: dvc repro compose") from error
+    except OSError as error:
+        if isinstance(error, ProteusError):
+            raise
+        raise storage_error("read", project.work / COMPOSED, error) from error
+    return found.keys() | {str(trunk) for trunk in composed if trunk is not None}
+
+
+def compute_lost(project: Project, overrides: Sequence[str]) -> int:
+    """Compute what the pipeline's manifests list and the cache has lost; return how many those were.
+
+    Parameters
+    ----------
+    project
+        Whose manifests: the embed stage's, and where a candidate is set that can be composed, the compare stage's.
+    overrides
+        Hydra overrides, such as the cache's path.
 
     Raises
     ------
@@ -216,41 +324,72 @@ def compute_lost(project: Project) -> int:
         When the cache can't be written, or the weights not be fetched.
 
     """
-    try:
-        listed = {e.key for e in read_manifest(project.work / MANIFEST).entries}
-    except StorageError:
-        return 0  # nothing was run yet
-    this = asked(project, None, ())
-    lost = listed - this.cache.candidates(list(listed)).keys()
-    records = [r for r in this.records if this.recipe.key(this.trunk, r.sequence) in lost]
-    return embed_records(project, this.composed, "embed", records).computed if records else 0
+    computed = 0
+    for stage, name in (("embed", MANIFEST), ("compare", CANDIDATE)):
+        try:
+            listed = {e.key for e in read_manifest(project.work / name).entries}
+        except StorageError:
+            continue  # nothing was run yet, or no candidate
+        try:
+            composed, records = composed_of(project, None, overrides, stage)
+        except ProteusError:
+            if stage == "embed":
+                raise
+            continue
+        model = composed["stages"][stage]["model"]
+        if model["trunk_digest"] is None:
+            continue  # the candidate was set back since
+        recipe = recipe_of(composed, stage)
+        lost = listed - project.cache(composed).candidates(list(listed)).keys()
+        gone = [r for r in records if recipe.key(model["trunk_digest"], r.sequence) in lost]
+        computed += embed_records(project, composed, stage, gone).computed if gone else 0
+    return computed
 
 
-def load(this: Asked, source: Path) -> tuple[int, list[str]]:
+@dataclass(frozen=True)
+class Loaded:
+    """What an import did.
+
+    Attributes
+    ----------
+    imported
+        How many embeddings were taken.
+    unknown
+        The ids that no protein has.
+    skipped
+        How many were left, since the file says that they are of another layer or pooling.
+
+    """
+
+    imported: int
+    unknown: list[str]
+    skipped: int
+
+
+def load(project: Project, this: Asked, source: Path) -> Loaded:
     """Take embeddings from a ``.npz``, or a folder of fair-esm's ``.pt`` files, into the cache, marked as unattested.
 
     Parameters
     ----------
+    project
+        Whose version is asked for.
     this
         The proteins that they are of, the weights and the recipe that they are taken to be by.
     source
         The file or folder.
-
-    Returns
-    -------
-    tuple
-        How many were taken, and the ids that no protein has. What a file says is of another layer or pooling is left.
 
     Raises
     ------
     StorageError
         When the source can't be read, or is no such file; nothing is then taken.
     ConfigError
-        When an array does not fit its protein.
+        When an array does not fit its protein, or the model.
 
     """
     sequences = {r.id: r.sequence for r in this.records}
+    width = _extent(project.manager.resolve(this.reference), "width")
     unknown: list[str] = []
+    skipped = 0
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     publication = this.cache.begin(this.trunk, this.recipe)
     try:
@@ -260,12 +399,18 @@ def load(this: Asked, source: Path) -> tuple[int, list[str]]:
                 continue
             pooled = this.recipe.pooling != "per_residue"
             if row.layer not in {None, this.recipe.layer} or row.pooling not in {None, this.recipe.pooling}:
+                skipped += 1
                 continue
             sequence = sequences[row.id]
             if row.array.ndim != (1 if pooled else 2) or (not pooled and len(row.array) != len(sequence)):
                 raise ConfigError(
-                    f"the array of {row.id} is {row.array.shape}, for {len(sequence)} residues, {this.recipe.pooling}",
+                    f"the array of {shown(row.id)} is {row.array.shape}, for {len(sequence)} residues, {this.recipe.pooling}",
                     "choose embedding.pooling, and the FASTA file with --fasta",
+                )
+            if row.array.shape[-1] != width:
+                raise ConfigError(
+                    f"the array of {shown(row.id)} is {row.array.shape[-1]} wide, and {this.reference} makes {width}",
+                    "name the model that made it: model=NAME@vX.Y.Z",
                 )
             key = this.recipe.key(this.trunk, sequence)
             publication.add(key, to_stored(row.array, this.recipe.stored), len(sequence))
@@ -274,4 +419,4 @@ def load(this: Asked, source: Path) -> tuple[int, list[str]]:
     finally:
         publication.discard()
     this.cache.tidy()
-    return len(publication), unknown
+    return Loaded(len(publication), unknown, skipped)

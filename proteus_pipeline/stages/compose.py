@@ -8,9 +8,11 @@ stage after it runs only when a key it uses changed.
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -32,14 +34,13 @@ from proteus_pipeline.stages.project import CANDIDATE, COMPOSED, MANIFEST, Proje
 from proteus_pipeline.stores.files import storage_error, write_atomic
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from proteus_pipeline.config.schema import CacheSettings, DataSettings
     from proteus_pipeline.registry.version import ModelVersion
 
 SCHEMA = 1
 LOCK = "models.lock"
 _FEW = 5
+_OF_A_CACHE = ("index", "runs", "seg", "uses.jsonl")
 _NO_MODEL = {
     "reference": None,
     "name": None,
@@ -53,6 +54,7 @@ _NO_MODEL = {
 def run(project: Project, progress: Callable[[int, int | None], None] | None = None) -> None:
     """Write composed.yaml."""
     composition = compose(project.work, read_params(project.work / PARAMS))
+    check_cache_folders(project, composition.settings.cache)
     value = resolve(project, composition, progress)
     write_atomic(project.work / COMPOSED, yaml.safe_dump(value, sort_keys=False, allow_unicode=True).encode())
     _drop_hollow_manifests(project, value)
@@ -236,6 +238,46 @@ def _check_cache(settings: CacheSettings) -> None:
     from proteus_pipeline.embeddings.cache import EmbeddingCache
 
     EmbeddingCache(".", accept=settings.accept, max_bytes=settings.max_bytes, policy=settings.policy)
+
+
+def check_cache_folders(project: Project, settings: CacheSettings) -> None:
+    """Refuse a cache that can't be a folder, and a shared one that is no cache.
+
+    Raises
+    ------
+    StorageError
+        Naming the key and the path.
+
+    """
+    path = project.home / Path(settings.path).expanduser()
+    there = next(p for p in (path, *path.absolute().parents) if os.path.lexists(p))
+    if not there.is_dir():
+        raise StorageError(f"cache.path is {path}, and {there} is no folder", "set cache.path=FOLDER")
+    if settings.shared:
+        check_is_cache(project.home / Path(settings.shared).expanduser(), "cache.shared")
+
+
+def check_is_cache(path: Path, said_by: str) -> None:
+    """Refuse a path that a cache is to be read from, and that is none: a wrong path would look like an empty cache.
+
+    Parameters
+    ----------
+    path
+        The cache's folder.
+    said_by
+        What names it: a key, or an option.
+
+    Raises
+    ------
+    StorageError
+        When there is no folder, or one that no cache has written to.
+
+    """
+    if not path.is_dir():
+        why = "is no folder" if os.path.lexists(path) else "does not exist"
+        raise StorageError(f"{said_by}: {path} {why}", "name the folder of an embedding cache")
+    if not any((path / name).exists() for name in _OF_A_CACHE):
+        raise StorageError(f"{said_by}: {path} is no embedding cache", f"it has none of {', '.join(_OF_A_CACHE)}")
 
 
 def _check_runtime(device: str, threads: int | None, tokens: int) -> None:

@@ -235,21 +235,29 @@ class LocalStore:
         with suppress(OSError, AttributeError):  # not on every system
             os.posix_fadvise(self._opened(name).descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
 
+    def _path(self, name: str) -> Path:
+        """Return where a file lies: in a folder of this one, whatever its name says."""
+        folder, _, file = name.partition("/")
+        if not folder or not file or folder.startswith(".") or "/" in file or "\0" in name or file in {".", ".."}:
+            raise StorageError(f"{name!r} is no name of a file in {self.root}", "look at who wrote it there")
+        return self.root / folder / file
+
     def begin(self, name: str) -> Unfinished:
-        return _LocalFile(self.root / name)
+        return _LocalFile(self._path(name))
 
     def write(self, name: str, data: bytes) -> None:
         try:
-            write_atomic(self.root / name, data)
+            write_atomic(self._path(name), data)
         except StorageError:
             with suppress(OSError):  # as in publishing: flushing the folder may fail after the file has appeared
-                (self.root / name).unlink(missing_ok=True)
+                self._path(name).unlink(missing_ok=True)
             raise
 
     def remove(self, name: str) -> None:
         with self._lock:
             self._open.pop(name, None)
+        path = self._path(name)
         try:
-            (self.root / name).unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
         except OSError as error:
             raise storage_error("remove", self.root / name, error) from error

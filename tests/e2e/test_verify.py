@@ -102,7 +102,9 @@ def test_another_device_class_is_compared_within_a_tolerance_that_is_said(strang
         pytest.skip("this machine has no other device class to show")
     assert value["equal"] + value["near"] == 20
     assert value["near"] > 0 and 0 < value["farthest"] < value["tolerance"] == 2e-5
-    assert "within 2.0e-05 (relative L2, for another device class)" in plain.run("proteus", "verify")
+    output = plain.run("proteus", "verify")
+    assert "within 2.0e-05 (relative L2, for another device class)" in output
+    assert "everything agrees, within the tolerance" in output
     rows(stranger, lambda r: r[3]["sketch"].__setitem__(2, str(float(r[3]["sketch"][2]) * 1.001)))
     (difference,) = verify(plain, code=3)["differences"]
     assert difference["what"].endswith(": embedding") and "2.0e-05" in difference["expected"]
@@ -183,6 +185,32 @@ def test_a_damaged_manifest(stranger: Clone, text: str) -> None:
 def test_a_damaged_row(stranger: Clone) -> None:
     rows(stranger, lambda r: r[2].pop("sketch"))
     assert "is damaged (no 'sketch')" in one_line(stranger, 4)
+
+
+def test_a_manifest_whose_hashes_are_gone_and_whose_device_class_was_renamed(stranger: Clone) -> None:
+    path = stranger.root / MANIFEST
+    value = json.loads(path.read_text())
+    for r in value["sequences"]:
+        r["content"] = "0" * 32
+    path.write_text(json.dumps(value | {"device_classes": ["cpu/aarch64/NEON/Else"]}))
+    differences = verify(stranger, code=3)["differences"]
+    assert len(differences) == 20 and all(d["what"].endswith(": content") for d in differences)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("shape", [float("inf")]), ("sketch", ["1e308"] * 5), ("recipe", {"engine": []})]
+)
+def test_numbers_that_no_manifest_holds(stranger: Clone, field: str, value: Any) -> None:
+    path = stranger.root / MANIFEST
+    whole = json.loads(path.read_text())
+    (whole["recipe"] if field == "recipe" else whole["sequences"][2]).update(
+        value if field == "recipe" else {field: value}
+    )
+    path.write_text(json.dumps(whole | {"device_classes": ["elsewhere"]}))
+    line = one_line(stranger, 4)
+    assert "embeddings.json is damaged" in line and line.endswith("dvc repro --force --single-item embed")
+    line = one_line(stranger, 4, "README.md")
+    assert "README.md is damaged" in line and "dvc" not in line
 
 
 def test_no_manifest_and_no_sequences(stranger: Clone) -> None:

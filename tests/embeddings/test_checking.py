@@ -145,8 +145,33 @@ def test_a_damaged_event_stops_reading_until_it_is_set_aside(stored: tuple[Path,
     with pytest.raises(IntegrityError, match="which entries it hides is not known"):
         EmbeddingCache(folder).get(next(iter(made.arrays)))
     (finding,) = EmbeddingCache(folder).verify(repair=True).findings
-    assert finding.kind == "event"
+    assert (finding.kind, finding.repaired) == ("event", "")  # what it hid must not come back by itself
+    (folder / name).unlink()
     assert serves(EmbeddingCache(folder), made) == 10
+
+
+def test_files_of_another_format_are_left_alone(stored: tuple[Path, Made]):
+    folder, _ = stored
+    (path,) = (folder / "index").iterdir()
+    data = bytearray(path.read_bytes())
+    data[7] = 2
+    path.write_bytes(data)
+    finding = EmbeddingCache(folder).verify(repair=True).findings[0]
+    assert "has format 2, and this proteus reads 1; upgrade it" in finding.what
+    assert finding.repaired == ""
+    assert path.read_bytes() == data
+
+
+def test_a_damaged_start_token_costs_no_entry(tmp_path: Path):
+    made = make(40, pooling="per_residue", width=16)
+    cache = EmbeddingCache(tmp_path)
+    publish(cache, made)
+    (header,) = headers(tmp_path)
+    flip(tmp_path / "seg" / header.segment, header.chunk_starts[0] + 5)
+    (finding,) = cache.verify(repair=True).findings
+    assert finding.repaired == "written again"
+    assert serves(EmbeddingCache(tmp_path), made) == 40
+    assert cache.verify().findings == ()
 
 
 def test_every_flipped_bit_of_a_segment_is_found_by_verify(stored: tuple[Path, Made]):

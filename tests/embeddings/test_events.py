@@ -159,7 +159,7 @@ def test_an_invalidation_is_of_what_it_names(tmp_path: Path):
     assert [serves(cache, made) for made in (pooled, half, residues)] == [0, 0, 3]
 
 
-def test_an_own_event_hides_what_a_shared_cache_has(tmp_path: Path):
+def test_an_own_invalidation_hides_what_a_shared_cache_has_and_other_events_are_about_own_files(tmp_path: Path):
     made, more = make(3), make(2, prefix="more")
     publish(EmbeddingCache(tmp_path / "shared"), made)
     publish(EmbeddingCache(tmp_path / "shared"), more)
@@ -167,7 +167,8 @@ def test_an_own_event_hides_what_a_shared_cache_has(tmp_path: Path):
     assert serves(mine, made) == serves(others, made) == 3
     segment = mine.candidates([next(iter(made.arrays))]).popitem()[1][0].segment
     write_event(mine.store, make_event("quarantined", "x", segments={segment: list(made.arrays)}))
-    assert serves(mine, made) == 0
+    write_event(mine.store, make_event("retired", "x", segments={segment: []}))
+    assert serves(mine, made) == 3
     assert serves(mine, more) == 2
     assert serves(others, made) == 3
     assert not (tmp_path / "shared" / "events").exists()

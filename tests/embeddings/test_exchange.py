@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 from entries import TRUNK, headers, make, publish, serves
 
 from proteus_pipeline.embeddings.cache import EmbeddingCache
-from proteus_pipeline.embeddings.events import make_event, write_event
+from proteus_pipeline.embeddings.housekeeping import compact
+from proteus_pipeline.embeddings.index import encode_index
 from proteus_pipeline.errors import IntegrityError, StorageError
 
 
@@ -43,7 +45,7 @@ def test_a_damaged_segment_is_refused_and_nothing_of_it_arrives(tmp_path: Path):
     here = EmbeddingCache(tmp_path / "here")
     publish(here, make(3))
     (path,) = (tmp_path / "here" / "seg").iterdir()
-    path.write_bytes(path.read_bytes()[:-1] + b"\0\0")
+    path.write_bytes(path.read_bytes()[:-2] + b"\1\1")
     with pytest.raises(IntegrityError, match="is not the file that was written"):
         here.push(tmp_path / "there")
     assert [p for p in (tmp_path / "there").rglob("*") if p.is_file()] == []
@@ -87,11 +89,75 @@ def test_a_shared_cache_is_read_beneath_the_own_and_never_written(tmp_path: Path
     assert sorted((p, p.stat().st_mtime_ns) for p in (tmp_path / "shared").rglob("*")) == before
 
 
-def test_an_event_about_one_entry_hides_it_beneath_too(tmp_path: Path):
-    made = make(4)
+def test_what_is_damaged_or_evicted_here_is_read_beneath(tmp_path: Path):
+    made = make(4, pooling="per_residue")
     publish(EmbeddingCache(tmp_path / "shared"), made)
-    (header,) = headers(tmp_path / "shared")
     mine = EmbeddingCache(tmp_path / "mine", shared=tmp_path / "shared")
+    mine.pull(tmp_path / "shared")
+    (path,) = (tmp_path / "mine" / "seg").iterdir()
+    whole = path.read_bytes()
+    path.write_bytes(bytes(len(whole)))
+    assert serves(EmbeddingCache(tmp_path / "mine", shared=tmp_path / "shared"), made) == 4
+    mine.verify(repair=True)
+    assert serves(EmbeddingCache(tmp_path / "mine"), made) == 0
     assert serves(mine, made) == 4
-    write_event(mine.store, make_event("quarantined", "why", segments={header.segment: list(made.arrays)[:1]}))
-    assert serves(mine, made) == 3
+    mine.pull(tmp_path / "shared")
+    EmbeddingCache(tmp_path / "mine", max_bytes=1).fit()
+    assert serves(mine, made) == 4
+    assert serves(EmbeddingCache(tmp_path / "mine"), made) == 0
+
+
+def test_what_was_evicted_quarantined_or_lost_can_be_pulled_again(tmp_path: Path):
+    made = make(4)
+    archive = EmbeddingCache(tmp_path / "archive")
+    publish(archive, made)
+    mine = EmbeddingCache(tmp_path / "mine")
+    assert mine.pull(tmp_path / "archive").entries == 4
+    EmbeddingCache(tmp_path / "mine", max_bytes=1).fit()
+    assert serves(mine, made) == 0
+    assert mine.push(tmp_path / "archive").events == 0  # what was evicted here is there for that
+    assert serves(EmbeddingCache(tmp_path / "archive"), made) == 4
+    assert mine.pull(tmp_path / "archive").entries == 4
+    assert serves(mine, made) == 4
+    (path,) = (tmp_path / "mine" / "seg").iterdir()
+    path.write_bytes(bytes(path.stat().st_size))
+    mine.verify(repair=True)
+    assert serves(EmbeddingCache(tmp_path / "mine"), made) == 0
+    assert mine.pull(tmp_path / "archive").entries == 4
+    assert serves(EmbeddingCache(tmp_path / "mine"), made) == 4
+    assert mine.pull(tmp_path / "archive").there == 1
+    compact(mine, everything=True)
+    assert mine.pull(tmp_path / "archive").there == 1  # the same numbers, in a segment of its own
+
+
+def test_what_was_invalidated_does_not_come_back_by_way_of_a_copy_that_was_written_again(tmp_path: Path):
+    made = make(4)
+    one, two = EmbeddingCache(tmp_path / "one"), EmbeddingCache(tmp_path / "two")
+    publish(one, made)
+    two.pull(tmp_path / "one")
+    one.invalidate(TRUNK, "a bug")
+    assert compact(two, everything=True) == 1
+    one.pull(tmp_path / "two")
+    assert serves(one, made) == 0
+    one.push(tmp_path / "two")
+    assert serves(two, made) == 0
+
+
+@pytest.mark.parametrize(
+    "name", ["00000000000000000001-/../../../victim.zip", "../x.zip", "1-a/b.zip", "9" * 30 + "-a.zip"]
+)
+def test_a_forged_name_reaches_no_file_outside(tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture):
+    made = make(3)
+    hostile = EmbeddingCache(tmp_path / "hostile")
+    publish(hostile, made)
+    ((index, rows),) = (hostile.refresh(), hostile.visible.by_segment().values())[1]
+    forged = dataclasses.replace(index.segments[0], segment=name)
+    data = encode_index([forged], index.keys(rows), index.records[rows])
+    hostile.store.write("index/00000000000000000009-abc.idx", data)
+    (tmp_path / "victim.zip").write_text("precious")
+    mine = EmbeddingCache(tmp_path / "mine")
+    mine.pull(tmp_path / "hostile")
+    EmbeddingCache(tmp_path / "hostile").gc(trunks=[], grace_seconds=0)
+    assert (tmp_path / "victim.zip").read_text() == "precious"
+    assert {p.name for p in tmp_path.iterdir()} <= {"hostile", "mine", "victim.zip"}
+    assert "says what no index of format 1 says" in caplog.text

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -135,3 +136,41 @@ def test_an_index_that_cant_be_read_is_passed_over_with_one_warning(tmp_path: Pa
     assert len(caplog.messages) == 2
     assert "0-folder.idx" in caplog.messages[0]
     assert "1-other.idx is truncated" in caplog.messages[1]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"segment": "../../x.zip"},
+        {"segment": "abc.zip"},
+        {"segment": "99999999999999999999-a.zip"},
+        {"stored": "fp8"},
+        {"layout": "sideways"},
+        {"width": 0},
+        {"entries": -1},
+        {"entries": 1.5},
+        {"recipe": []},
+        {"trunk": None},
+        {"segment_bytes": 1 << 70},
+        {"attestation": Attestation(HERE, "2.0.0", "", float("nan"), 1)},
+        {"attestation": Attestation(HERE, "2.0.0", "", -1.0, 1)},
+    ],
+)
+def test_a_header_that_means_nothing_is_refused(tmp_path: Path, changes: dict[str, object]):
+    forged = dataclasses.replace(header(1), **changes)  # type: ignore[arg-type]
+    data = encode_index([forged], np.zeros(1, dtype=KEY), np.zeros(1, dtype=RECORD))
+    (tmp_path / "i.idx").write_bytes(data)
+    with pytest.raises(IntegrityError, match="says what no index of format 1 says"):
+        read(tmp_path / "i.idx")
+
+
+def test_fields_that_a_later_writer_added_are_passed_over(tmp_path: Path):
+    @dataclasses.dataclass(frozen=True)
+    class Later(SegmentHeader):
+        colour: str = "green"
+
+    later = Later(**{f.name: getattr(header(1), f.name) for f in dataclasses.fields(SegmentHeader)})
+    data = encode_index([later], np.zeros(1, dtype=KEY), np.zeros(1, dtype=RECORD))
+    assert b"green" in data
+    (tmp_path / "i.idx").write_bytes(data)
+    assert read(tmp_path / "i.idx").segments == (header(1),)

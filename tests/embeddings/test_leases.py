@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -105,3 +106,16 @@ def test_what_a_killed_run_had_claimed_is_anybodys(tmp_path: Path):
         process.send_signal(signal.SIGKILL)
         process.communicate(timeout=60)
         assert mine.claim(["k"]) == {"k"}
+
+
+def test_without_locks_nobody_waits_for_what_may_be_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with lease(tmp_path) as first, lease(tmp_path) as second:
+        first.add([OLD])
+        assert first.claim(["k"]) == {"k"}
+
+        def no_locks(*_: object) -> None:
+            raise OSError(errno.ENOLCK, "no locks available")
+
+        monkeypatch.setattr("fcntl.flock", no_locks)
+        assert second.claim(["k"]) == {"k"}
+        assert held(tmp_path).holds(OLD)

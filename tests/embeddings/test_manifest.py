@@ -101,6 +101,8 @@ def test_rows_of_what_is_gone_are_an_error(tmp_path: Path):
         ("sketch", ["1"]),
         ("sketch", ["1", "2", "3", "4", "five"]),
         ("sketch", ["1", "2", "3", "4", "nan"]),
+        ("sketch", ["1", "2", "3", "4", "1e308"]),
+        ("sketch", ["1", "-1e61", "3", "4", "5"]),
         ("sketch", [1, 2, 3, 4, 5]),
         ("sketch", None),
         ("device_class", 1),
@@ -109,9 +111,15 @@ def test_rows_of_what_is_gone_are_an_error(tmp_path: Path):
         ("device_class", "cpu"),
         ("shape", None),
         ("shape", ["x"]),
+        ("shape", [float("inf")]),
+        ("shape", [8.0]),
+        ("shape", [True]),
+        ("shape", "8"),
         ("content", 7),
         ("key", None),
         ("id", ["a"]),
+        ("id", "\ud800"),
+        ("content", [[0] * 10_000]),
     ],
 )
 def test_a_row_that_is_none_is_damage(tmp_path: Path, field: str, value: object):
@@ -119,8 +127,54 @@ def test_a_row_that_is_none_is_damage(tmp_path: Path, field: str, value: object)
     whole = json.loads(path.read_text())
     whole["sequences"][2][field] = value
     path.write_text(json.dumps(whole))
+    with pytest.raises(IntegrityError, match=r"m\.json is damaged") as error:
+        read_manifest(path)
+    assert len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("engine", []),
+        ("engine", 1.5),
+        ("layer", True),
+        ("pooling", {}),
+        ("windows", 3),
+        ("windows", [1, "x"]),
+        ("x", "\ud800"),
+    ],
+)
+def test_a_recipe_of_what_no_recipe_holds_is_damage(tmp_path: Path, field: str, value: object):
+    path = write(tmp_path / "m.json", make(4))
+    whole = json.loads(path.read_text())
+    whole["recipe"][field] = value
+    path.write_text(json.dumps(whole))
     with pytest.raises(IntegrityError, match=r"m\.json is damaged"):
         read_manifest(path)
+    whole["recipe"][field] = [4, 1] if field == "windows" else 7
+    path.write_text(json.dumps(whole))
+    assert read_manifest(path).recipe == whole["recipe"]
+
+
+@pytest.mark.parametrize(
+    ("name", "stage"), [("results/embeddings.json", "embed"), ("results/candidate.json", "compare")]
+)
+def test_the_remedy_is_of_the_stage_that_makes_the_file(tmp_path: Path, name: str, stage: str):
+    path = tmp_path / name
+    path.parent.mkdir()
+    with pytest.raises(StorageError, match=f"does not exist; run: dvc repro {stage}$"):
+        read_manifest(path)
+    path.write_text("{")
+    with pytest.raises(IntegrityError, match=f"is damaged .*; run: dvc repro --force --single-item {stage}$"):
+        read_manifest(path)
+    path.write_text('{"format": 2}')
+    with pytest.raises(IntegrityError, match=f"has format 2.*; run: dvc repro {stage}$"):
+        read_manifest(path)
+    (tmp_path / "README.md").write_text("# A project\n")
+    for other in ("README.md", "none.json"):
+        with pytest.raises(StorageError, match=r"; give a manifest, such as results/embeddings\.json") as error:
+            read_manifest(tmp_path / other)
+        assert "dvc" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -136,11 +190,14 @@ def test_a_row_that_is_none_is_damage(tmp_path: Path, field: str, value: object)
         '{"format": 1, "trunk": "x", "recipe": {}, "device_classes": [], "sequences": [{}]}',
         '{"format": 1, "trunk": 3, "recipe": {}, "device_classes": [], "sequences": []}',
         '{"format": 1, "trunk": "x", "recipe": 3, "device_classes": [], "sequences": []}',
+        '{"format": 1, "trunk": "x", "recipe": [], "device_classes": [], "sequences": []}',
+        '{"format": 1, "trunk": "\\ud800", "recipe": {}, "device_classes": [], "sequences": []}',
+        "[" * 100_000,
     ],
 )
 def test_a_damaged_manifest_is_named(tmp_path: Path, text: str):
     (tmp_path / "m.json").write_text(text)
-    with pytest.raises(IntegrityError, match=r"m\.json is damaged .*; run: dvc repro"):
+    with pytest.raises(IntegrityError, match=r"m\.json is damaged .*; give a manifest"):
         read_manifest(tmp_path / "m.json")
 
 
@@ -159,7 +216,7 @@ def test_another_format_is_refused_by_number(tmp_path: Path):
 
 
 def test_a_manifest_that_is_not_there_or_no_file(tmp_path: Path):
-    with pytest.raises(StorageError, match=r"m\.json does not exist; run: dvc repro embed"):
+    with pytest.raises(StorageError, match=r"m\.json does not exist; give a manifest"):
         read_manifest(tmp_path / "m.json")
     with pytest.raises(StorageError, match=r"cannot read .*: is a directory"):
         read_manifest(tmp_path)
@@ -195,11 +252,13 @@ def test_two_ids_may_share_an_embedding(tmp_path: Path):
 
 def test_missing_embeddings_are_counted_and_named(tmp_path: Path):
     made = make(4)
-    path = write(tmp_path / "m.json", made, ["a", "b", "c", "d"])
+    (tmp_path / "results").mkdir()
+    path = write(tmp_path / "results" / "embeddings.json", made, ["a", "b", "c", "d"])
     some = Made(made.recipe, dict(list(made.arrays.items())[::2]), made.lengths[::2])
     publish(EmbeddingCache(tmp_path / "c"), some)
     with pytest.raises(
-        StorageError, match=r"2 of 4 embeddings of .*m\.json are not in .*, b first; run: dvc repro"
+        StorageError,
+        match=r"2 of 4 embeddings of .*embeddings\.json are not in .*, b first; run: dvc repro --force --single-item embed",
     ) as caught:
         load_embeddings(path, tmp_path / "c")
     assert not isinstance(caught.value, IntegrityError)

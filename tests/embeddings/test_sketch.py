@@ -65,6 +65,12 @@ def test_zeros_and_signs():
     assert distance(sketch(made(3, 4), "fp32"), sketch(zeros, "fp32")) == float("inf")
 
 
+def test_a_distance_has_no_largest_number():
+    sizes = ("1e308", "-1e308", "1e308", "1e308", "1")
+    assert distance(sizes, ("5", "-7", "7", "-1", "-1")) > 1e300
+    assert distance(("0", *sizes[:4]), ("1", *(s.removeprefix("-") for s in sizes[:4]))) > 1e300
+
+
 def test_the_last_bit_of_one_number_is_seen_or_far_below_every_tolerance():
     array = made(320)
     other = array.copy()

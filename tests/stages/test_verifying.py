@@ -79,7 +79,17 @@ def test_another_recipe_is_told_by_its_field():
     assert len(list(differing_sequences(replace(stated, recipe=dict(RECIPE.described())), RECORDS, ""))) == 3
 
 
-@pytest.mark.parametrize("recipe", [{}, {"layer": "six"}, dict(RECIPE.described()) | {"windows": 3}])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        {},
+        {"layer": "six"},
+        *(
+            dict(RECIPE.described()) | more
+            for more in ({"windows": 3}, {"engine": []}, {"engine": 1.5}, {"layer": "6"})
+        ),
+    ],
+)
 def test_a_recipe_that_is_none_is_another_one(recipe: dict):
     stated = replace(manifest(keys()), recipe=recipe)
     assert list(differing_sequences(stated, RECORDS, "")) == []
@@ -127,10 +137,32 @@ def test_one_changed_bit_is_a_difference_on_the_same_device_class_only():
     (difference,) = compared(row(ARRAY), changed).differences
     assert difference.what == "one: content" and difference.expected == row(ARRAY).content
     assert difference.found.startswith(row(changed).content)
-    for told, recipe in ((row(ARRAY, device_class=THERE), RECIPE), (row(ARRAY), replace(RECIPE, numerics="tolerant"))):
+    changed = ARRAY * np.float32(1 + 1e-6)
+    for told, recipe in ELSEWHERE:
         done = compared(told, changed, recipe)
         assert (done.equal, done.near, done.differences) == (0, 1, [])
-        assert done.farthest < 1e-6
+        assert 0 < done.farthest < 3e-6
+
+
+ELSEWHERE = ((row(ARRAY, device_class=THERE), RECIPE), (row(ARRAY), replace(RECIPE, numerics="tolerant")))
+
+
+@pytest.mark.parametrize(("told", "recipe"), ELSEWHERE)
+def test_a_hash_that_is_not_of_the_sketchs_array_is_a_difference_on_every_device_class(told: Listed, recipe: Recipe):
+    """Otherwise nothing would look at the hashes of a manifest whose device class was renamed."""
+    done = compared(replace(told, content="0" * 32), ARRAY, recipe)
+    (difference,) = done.differences
+    assert (done.equal, done.near) == (0, 0)
+    assert (difference.what, difference.expected) == ("one: content", "0" * 32)
+    assert difference.found == f"{row(ARRAY).content}, the same by its sketch"
+    # Neither by another way to write the same numbers.
+    padded = replace(told, content="0" * 32, sketch=tuple(f"{n}{'0' if '.' in n else '.0'}" for n in told.sketch))
+    assert len(compared(padded, ARRAY, recipe).differences) == 1
+
+
+def test_sketches_of_any_size_have_a_distance():
+    done = compared(replace(row(ARRAY, device_class=THERE), sketch=("1e308", "-1e308", "1e308", "1", "1")), ARRAY * 2)
+    assert [d.what for d in done.differences] == ["one: embedding"]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "mixed", "bf16"])
@@ -195,3 +227,6 @@ def test_each_kind_of_difference_has_its_remedy_once():
     differences = tuple(Difference(kind, "a", "b", "c") for kind in REMEDIES) * 2
     done = Verification("m", "n@v1.0.0", HERE, (), 0, 0, 0, 0, 0, 0.0, 0.0, "", differences)
     assert done.remedies == list(REMEDIES.values())
+    of_candidate = " ".join(replace(done, manifest="results/candidate.json").remedies)
+    assert "candidate=" in of_candidate and "--single-item compare" in of_candidate
+    assert "(model=" not in of_candidate and "--single-item probe" not in of_candidate
