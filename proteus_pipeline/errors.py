@@ -14,6 +14,7 @@
     ├── StaleLockError          (RuntimeError)  exit 3   models.lock does not say what the run would use
     ├── StorageError            (OSError)       exit 1   bytes could not be read, fetched or written
     │   └── IntegrityError                      exit 4   bytes are there, and are not what their digest says
+    │       └── FormatError                     exit 4   a file is of another version of its format
     ├── CacheMemoryError        (MemoryError)   exit 1   a model does not fit in the memory it may use
     └── CacheInvalidationError  (RuntimeError)  exit 1   an invalidation could not be carried out
 

@@ -657,15 +657,11 @@ class EmbeddingCache:
         for index in self.visible.indexes:
             on_disk += index.nbytes
         lengths = self.visible.residues()
-        quarantined: dict[str, set[str]] = {}
-        for event in self.visible.events:
-            if event.kind == "quarantined":
-                for segment, keys in event.segments.items():
-                    quarantined.setdefault(segment, set()).update(keys)
+        quarantined = self.visible.quarantined()
         for header in segments.values():
             rows = lengths[header.segment] if header.layout == "per_residue" else header.entries
             raw += rows * header.width * NUMPY_DTYPES[header.stored].itemsize
-            entries += header.entries - len(quarantined.get(header.segment, ()))
+            entries += header.entries - quarantined[header.segment]
             on_disk += header.segment_bytes
         used = list(uses(self.path))
         counts = {field: sum(getattr(use, field) for use in used) for field in ("hits", "derived", "misses")}

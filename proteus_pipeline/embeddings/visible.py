@@ -255,6 +255,17 @@ class Visible:
             seen |= {s.segment for s in index.segments}
         return totals
 
+    def quarantined(self) -> Counter[str]:
+        """Return how many entries of each segment are quarantined."""
+        counts: Counter[str] = Counter()
+        seen: set[str] = set()
+        for loaded in filter(None, self._loaded.values()):
+            names = [s.segment for s in loaded.index.segments]
+            dead = Counter(names[loaded.index.record(int(row))[5]] for row in loaded.dead)
+            counts.update({name: number for name, number in dead.items() if name not in seen})
+            seen |= set(names)
+        return counts
+
     def refresh(self) -> None:
         """See what other processes published and hid since, and forget what is gone.
 
