@@ -347,7 +347,7 @@ class Visible:
                 if segment in numbers and keys:
                     _, rows, its = index.locate(key_array(sorted(keys)))
                     dead += rows[its == numbers[segment]].tolist()
-        loaded.dead = np.array(sorted(dead), dtype=np.int64)
+        loaded.dead = np.array(sorted(set(dead)), dtype=np.int64)
         # What was not checked when it was opened is looked at row by row.
         loaded.whole = not dead and not loaded.hidden.any() and index.nbytes <= CHECKED_BYTES
 
