@@ -14,7 +14,7 @@ import numpy as np
 
 from proteus_pipeline.embeddings import segment as segment_file
 from proteus_pipeline.embeddings.events import FOLDER as EVENTS
-from proteus_pipeline.embeddings.events import make_event, read_event, write_event
+from proteus_pipeline.embeddings.events import event_files, make_event, read_event, write_event
 from proteus_pipeline.embeddings.housekeeping import rewrite, visible_entries
 from proteus_pipeline.embeddings.index import Attestation, Index, SegmentHeader, encode_index, key_array
 from proteus_pipeline.embeddings.publication import SEGMENTS, digest_of, to_records
@@ -100,14 +100,14 @@ def verify(cache: EmbeddingCache, *, repair: bool = False) -> Verified:
 
 
 def _events(cache: EmbeddingCache) -> Iterator[Finding]:
-    for name in sorted(n for n in cache.store.names(EVENTS) if n.endswith(".json")):
+    for name in sorted(event_files(cache.store)):
         try:
-            read_event(cache.store, f"{EVENTS}/{name}")
+            read_event(cache.store, name)
         except FileNotFoundError:  # removed since
             continue
         except IntegrityError as error:
             # What it hid must not come back by itself: whoever knows removes it.
-            yield Finding("event", name, str(error))
+            yield Finding("event", name.removeprefix(f"{EVENTS}/"), str(error))
 
 
 def _indexes(cache: EmbeddingCache, *, repair: bool) -> Iterator[Finding]:
@@ -138,8 +138,7 @@ def _orphans(cache: EmbeddingCache, *, repair: bool) -> Iterator[Finding]:
     """Find segments that no index names: of a writer that was killed, or whose index was lost."""
     cache.refresh()
     known = cache.visible.segments(hidden=True).keys()
-    retired = {s for e in cache.visible.events if e.kind == "retired" for s in e.segments}
-    for name in sorted(cache.store.names(SEGMENTS) - known - retired):
+    for name in sorted(cache.store.names(SEGMENTS) - known - cache.visible.retired):
         if not name.endswith(".zip"):
             continue
         path = Path(cache.store.location, SEGMENTS, name)

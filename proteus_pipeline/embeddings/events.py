@@ -95,6 +95,11 @@ def write_event(store: Store, event: CacheEvent) -> str:
     return name
 
 
+def event_files(store: Store) -> set[str]:
+    """Return the names of the events in a store, as `read_event` takes them."""
+    return {f"{FOLDER}/{name}" for name in store.names(FOLDER) if name.endswith(".json")}
+
+
 def read_event(store: Store, name: str) -> CacheEvent:
     """Read an event.
 

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from proteus_pipeline.embeddings.events import FOLDER as EVENTS
-from proteus_pipeline.embeddings.events import read_event
+from proteus_pipeline.embeddings.events import event_files, read_event
 from proteus_pipeline.embeddings.index import Index, SegmentHeader, encode_index, key_strings
 from proteus_pipeline.embeddings.publication import SEGMENTS
 from proteus_pipeline.embeddings.visible import INDEXES, Visible
@@ -114,15 +113,13 @@ def _has_all(there: Visible, index: Index, rows: NDArray[np.int64]) -> bool:
 
 def _copy_events(source: Store, target: Store) -> list[str]:
     copied = []
-    for name in sorted(source.names(EVENTS) - target.names(EVENTS)):
-        if not name.endswith(".json"):
-            continue
+    for name in sorted(event_files(source) - event_files(target)):
         try:
-            event = read_event(source, f"{EVENTS}/{name}")
+            event = read_event(source, name)
         except FileNotFoundError:  # removed since
             continue
         if event.kind == "invalidated":
-            target.write(f"{EVENTS}/{name}", source.read(f"{EVENTS}/{name}"))
+            target.write(name, source.read(name))
             copied.append(name)
     return copied
 

@@ -11,8 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from proteus_pipeline.embeddings.events import FOLDER as EVENTS
-from proteus_pipeline.embeddings.events import CacheEvent, make_event, read_event, write_event
+from proteus_pipeline.embeddings.events import CacheEvent, event_files, make_event, read_event, write_event
 from proteus_pipeline.embeddings.index import Attestation, Index, SegmentHeader, key_strings
 from proteus_pipeline.embeddings.leases import Held, held
 from proteus_pipeline.embeddings.publication import SEGMENTS
@@ -104,7 +103,7 @@ def shrink(cache: EmbeddingCache, max_bytes: int, policy: str) -> Cleaning:
     total = _bytes_on_disk(cache)
     removed = []
     # First what was written again: its entries are there.
-    for name in sorted(_retired(cache) & cache.store.names(SEGMENTS)):
+    for name in sorted(cache.visible.retired & cache.store.names(SEGMENTS)):
         if total > max_bytes and not hold.holds(name):
             size = _size(cache, f"{SEGMENTS}/{name}")
             cache.store.remove(f"{SEGMENTS}/{name}")
@@ -123,10 +122,6 @@ def shrink(cache: EmbeddingCache, max_bytes: int, policy: str) -> Cleaning:
             cache.store.remove(f"{SEGMENTS}/{segment}")
         cache.refresh()
     return cleaning
-
-
-def _retired(cache: EmbeddingCache) -> set[str]:
-    return {s for e in cache.visible.events if e.kind == "retired" for s in e.segments}
 
 
 def _bytes_on_disk(cache: EmbeddingCache) -> int:
@@ -159,14 +154,14 @@ def plan_collection(
     hold = held(cache.path)
     headers = cache.visible.segments(hidden=True)
     retired, kept = {}, {}
-    hidden_at = _hidden_at(cache, headers.values())
+    hiding = _hiding(cache, headers.values())
     for segment, header in headers.items():
-        why = ""
-        if segment in hidden_at:
-            why = "invalidated" if hidden_at[segment][1].kind == "invalidated" else ""
+        why, event = "", hiding.get(segment)
+        if event:
+            why = "invalidated" if event.kind == "invalidated" else ""
         elif trunks is not None and header.trunk not in trunks:
             why = f"no version has weights {header.trunk[:12]}"
-        since = hidden_at[segment][0] if segment in hidden_at else header.published
+        since = event.time if event else header.published
         if why and hold.holds(segment):
             kept[segment] = "a run holds it"
         elif why and since >= before:
@@ -178,14 +173,11 @@ def plan_collection(
     return Cleaning(retired, tuple(removed), sum(sizes), kept)
 
 
-def _hidden_at(cache: EmbeddingCache, headers: Iterable[SegmentHeader]) -> dict[str, tuple[int, CacheEvent]]:
+def _hiding(cache: EmbeddingCache, headers: Iterable[SegmentHeader]) -> dict[str, CacheEvent]:
+    """Return the first event that hides each hidden segment."""
     events = cache.visible.events
-    found = {}
-    for header in headers:
-        event = next((e for e in events if e.hides(header)), None)
-        if event:
-            found[header.segment] = event.time, event
-    return found
+    hiding = {header.segment: next((e for e in events if e.hides(header)), None) for header in headers}
+    return {segment: event for segment, event in hiding.items() if event}
 
 
 def _files_to_go(cache: EmbeddingCache, before: int, hold: Held) -> Iterator[str]:
@@ -241,15 +233,15 @@ def _forget_events(cache: EmbeddingCache) -> None:
     """Remove events of segments that are gone from everywhere."""
     cache.refresh()
     there = cache.store.names(SEGMENTS) | cache.visible.segments(hidden=True).keys()
-    for name in sorted(n for n in cache.store.names(EVENTS) if n.endswith(".json")):
+    for name in sorted(event_files(cache.store)):
         try:
-            event = read_event(cache.store, f"{EVENTS}/{name}")
+            event = read_event(cache.store, name)
         except FileNotFoundError:  # another one was quicker
             continue
         # Evictions stay: the policies learn from them.
         over = event.kind in {"retired", "quarantined"} and not event.reason.startswith(EVICTED)
         if over and not there & event.segments.keys():
-            cache.store.remove(f"{EVENTS}/{name}")
+            cache.store.remove(name)
 
 
 def compact(cache: EmbeddingCache, *, small: int = SMALL_BYTES, everything: bool = False) -> int:

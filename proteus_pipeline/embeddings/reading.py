@@ -62,22 +62,25 @@ class Reader:
             When they are gone or can't be read.
 
         """
+        return self._first(entry.segment, lambda store, name: self._array(store, name, entry))
+
+    def _first(self, segment: str, read: Callable[[Store, str], R]) -> R:
+        """Return what a function reads of a segment from the first store where it is there and sound."""
+        name = f"{SEGMENTS}/{segment}"
         failed: StorageError | None = None
         for store in self._stores:
             try:
-                return self._array(store, entry)
+                return read(store, name)
             except FileNotFoundError:
                 continue
             except StorageError as error:
                 failed = failed or error  # it may be sound in the cache beneath
-        raise failed or StorageError(f"{self._place(entry.segment)} is gone", _REPAIR)
+        raise failed or StorageError(f"{self._stores[0].location}/{name} is gone", _REPAIR)
 
-    def _array(self, store: Store, entry: Entry) -> NDArray[np.generic]:
-        name = f"{SEGMENTS}/{entry.segment}"
+    @staticmethod
+    def _array(store: Store, name: str, entry: Entry) -> NDArray[np.generic]:
         where = f"{store.location}/{name}"
-        data = store.read(name, entry.offset, entry.nbytes)
-        if len(data) != entry.nbytes:
-            raise IntegrityError(f"{where} is truncated", _REPAIR)
+        data = _bytes(store, name, entry.offset, entry.nbytes)
         if len(entry.shape) == 1:
             whole = len(data) - len(data) % NUMPY_DTYPES[entry.stored].itemsize  # of a damaged index's number of bytes
             array: NDArray[np.generic] = np.frombuffer(data[:whole], dtype=NUMPY_DTYPES[entry.stored])
@@ -102,8 +105,12 @@ class Reader:
             return None
         chunk, row = divmod(entry.row, segment_file.ROWS_PER_CHUNK)
         nbytes = segment_file.chunk_nbytes(header.entries, entry.stored, header.width)
-        data = self._bytes(entry.segment, header.chunk_starts[chunk], nbytes)
-        vector = segment_file.decode_rows(data, entry.stored, header.width, self._place(entry.segment))[row]
+
+        def read(store: Store, name: str) -> NDArray[np.generic]:
+            data = _bytes(store, name, header.chunk_starts[chunk], nbytes)
+            return segment_file.decode_rows(data, entry.stored, header.width, f"{store.location}/{name}")
+
+        vector = self._first(entry.segment, read)[row]
         return vector if vector.any() else None  # zeros stand for a vector that nobody had
 
     def view(self, entry: Entry) -> NDArray[np.generic]:
@@ -121,19 +128,17 @@ class Reader:
         """
         if len(entry.shape) != 1:
             raise ConfigError("an embedding per residue is compressed, and can't be mapped", "read it: get")
-        name = f"{SEGMENTS}/{entry.segment}"
-        for store in self._stores:
-            try:
-                mapped = store.map(name)
-            except FileNotFoundError:
-                continue
+
+        def read(store: Store, name: str) -> NDArray[np.generic]:
+            mapped = store.map(name)
             if len(mapped) < entry.offset + entry.nbytes:
                 raise IntegrityError(f"{store.location}/{name} is truncated", _REPAIR)
             array = np.frombuffer(mapped, NUMPY_DTYPES[entry.stored], entry.shape[0], entry.offset)
             if content_hash(array, entry.stored) != entry.content:
                 raise IntegrityError(f"entry {entry.key} in {store.location}/{name} is damaged", _REPAIR)
             return array
-        raise StorageError(f"{self._place(entry.segment)} is gone", _REPAIR)
+
+        return self._first(entry.segment, read)
 
     def rows(self, segment: str, offsets: list[int], contents: list[str], table: NDArray[np.generic]) -> list[int]:
         """Read vectors of one segment into a table's rows, and return the rows that are not what was written.
@@ -185,20 +190,12 @@ class Reader:
         # The hash covers the number of bytes too.
         return to_fp32(np.frombuffer(data, dtype), stored) if hashed(data) == content.hex() else None
 
-    def _bytes(self, segment: str, offset: int, nbytes: int) -> bytes:
-        name = f"{SEGMENTS}/{segment}"
-        for store in self._stores:
-            try:
-                data = store.read(name, offset, nbytes)
-            except FileNotFoundError:
-                continue
-            if len(data) != nbytes:
-                raise IntegrityError(f"{store.location}/{name} is truncated", _REPAIR)
-            return data
-        raise StorageError(f"{self._place(segment)} is gone", _REPAIR)
 
-    def _place(self, segment: str) -> str:
-        return f"{self._stores[0].location}/{SEGMENTS}/{segment}"
+def _bytes(store: Store, name: str, offset: int, nbytes: int) -> bytes:
+    data = store.read(name, offset, nbytes)
+    if len(data) != nbytes:
+        raise IntegrityError(f"{store.location}/{name} is truncated", _REPAIR)
+    return data
 
 
 def ahead(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:

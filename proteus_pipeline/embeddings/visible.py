@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from proteus_pipeline.embeddings import events as event_file
-from proteus_pipeline.embeddings.events import CacheEvent, read_event
+from proteus_pipeline.embeddings.events import CacheEvent, event_files, read_event
 from proteus_pipeline.embeddings.index import (
     CHECKED_BYTES,
     Attestation,
@@ -211,6 +211,11 @@ class Visible:
         above = [e for e in self._above.events if e.kind == "invalidated"] if self._above else []
         return sorted([*self._events.values(), *above], key=lambda e: e.time)
 
+    @property
+    def retired(self) -> set[str]:
+        """The segments that were retired here."""
+        return {s for e in self._events.values() if e.kind == "retired" for s in e.segments}
+
     def segments(self, *, hidden: bool = False) -> dict[str, SegmentHeader]:
         """Return the segments that have visible entries; with `hidden` also those that events hide."""
         return {
@@ -299,7 +304,7 @@ class Visible:
         folder = event_file.FOLDER
         if not self._store.unchanged(folder, self._marks.get(folder)):
             mark = self._store.mark(folder)
-            names = {f"{folder}/{n}" for n in self._store.names(folder) if n.endswith(".json")}
+            names = event_files(self._store)
             for name in self._events.keys() - names:
                 del self._events[name]
             for name in sorted(names - self._events.keys()):
@@ -443,10 +448,9 @@ class Visible:
         chosen = [sound[name] for name in to_merge(new, runs, everything=everything)]
         if not chosen:
             return
-        retired = {s for e in self._events.values() if e.kind == "retired" for s in e.segments}
         file = self._store.begin(f"{RUNS}/{time.time_ns():020d}-{secrets.token_hex(6)}.run")
         try:
-            if merge_indexes(file.path, chosen, retired):
+            if merge_indexes(file.path, chosen, self.retired):
                 file.publish()
         except StorageError:
             raise  # it says already what it is about
