@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import datetime as dt
 import logging
 import sys
 import time
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import numpy as np
 
 from proteus_pipeline.embeddings.cache import EmbeddingCache
-from proteus_pipeline.embeddings.index import Attestation
+from proteus_pipeline.embeddings.index import Attestation, now
 from proteus_pipeline.embeddings.leases import Lease
 from proteus_pipeline.embeddings.publication import Publication
 from proteus_pipeline.embeddings.recipe import Recipe, windows
@@ -367,11 +366,6 @@ def _rounded(key: str, spans: list[tuple[int, int]], windowed: list[_Window], re
 
     start = merged("cls") if recipe.pooling == "per_residue" else None
     return Computed(key, merged(recipe.pooling), start, spans[-1][1], tokens_of(spans))
-
-
-def now() -> str:
-    """Return the time as attestations have it: ISO 8601, UTC, to the second."""
-    return dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
 
 
 def spans_of(sequence: str, recipe: Recipe) -> list[tuple[int, int]]:

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from proteus_pipeline.embeddings.cache import EmbeddingCache
-from proteus_pipeline.embeddings.computing import Embedded, Job, Progress, now, spans_of, tokens_of
+from proteus_pipeline.embeddings.computing import Embedded, Job, Progress, spans_of, tokens_of
 from proteus_pipeline.embeddings.deriving import derive, sources
 from proteus_pipeline.embeddings.explaining import counts, explain_missing
-from proteus_pipeline.embeddings.index import Attestation
+from proteus_pipeline.embeddings.index import Attestation, now
 from proteus_pipeline.embeddings.leases import Lease
 from proteus_pipeline.embeddings.publication import Publication
 from proteus_pipeline.embeddings.recipe import Recipe

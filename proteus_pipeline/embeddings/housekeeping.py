@@ -259,19 +259,16 @@ def compact(cache: EmbeddingCache, *, small: int = SMALL_BYTES, everything: bool
     cache.refresh()
     hold = held(cache.path)
     groups: dict[tuple[object, ...], list[SegmentHeader]] = {}
-    dead: dict[str, int] = {}
-    for event in cache.visible.events:
-        for segment, keys in event.segments.items():
-            dead[segment] = dead.get(segment, 0) + len(keys)
+    dead = cache.visible.quarantined()
     for segment, header in sorted(cache.visible.segments().items()):
         if hold.holds(segment):
             continue
-        half_dead = 2 * dead.get(segment, 0) >= header.entries
+        half_dead = 2 * dead[segment] >= header.entries
         if header.segment_bytes < small or half_dead or everything:
             groups.setdefault(_kind(header), []).append(header)
     replaced = 0
     for headers in groups.values():
-        half_dead = any(2 * dead.get(h.segment, 0) >= h.entries for h in headers)
+        half_dead = any(2 * dead[h.segment] >= h.entries for h in headers)
         if len(headers) >= _FEW or half_dead or everything:
             replaced += sum(rewrite(cache, part) for part in _parts(headers))
     return replaced

@@ -16,6 +16,7 @@ The high halves lie together, so that a search among ten million keys touches 80
 
 from __future__ import annotations
 
+import datetime as dt
 import json
 import mmap
 import re
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from proteus_pipeline.stores.store import Store
 
 FORMAT = 1
+INDEXES, RUNS = "index", "runs"
 LAYOUTS = ("pooled", "per_residue")
 _NAME = re.compile(r"\d{1,20}-[0-9a-z]{1,32}\.zip", re.ASCII)
 _MAGIC = b"PROTEIX" + bytes([FORMAT])
@@ -62,6 +64,11 @@ _FORGET_BYTES = 64 << 20
 _LEAST_STEP = 256
 # Merged at a time: some 64 MB of memory, whatever the size of what is merged.
 _MERGED_ENTRIES = 1 << 18
+
+
+def now() -> str:
+    """Return the time as attestations have it: ISO 8601, UTC, to the second."""
+    return dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
 
 
 @dataclass(frozen=True)
@@ -233,13 +240,6 @@ class Index:
                 body.update(part[start : start + _FORGET_BYTES].data)
                 self.forget()
         return body.hexdigest() == self.body
-
-    def find(self, keys: NDArray[np.void]) -> NDArray[np.int64]:
-        """Return the first row of each key in this index, or -1; keys are best sorted."""
-        found = np.full(len(keys), -1, dtype=np.int64)
-        places, rows, _ = self.locate(keys)
-        found[places[::-1]] = rows[::-1]
-        return found
 
     def locate(self, keys: NDArray[np.void]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.uint32]]:
         """Return all rows that some keys have: the place of each row's key, the row, and the number of its segment.

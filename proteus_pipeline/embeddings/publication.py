@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from proteus_pipeline.embeddings import segment as segment_file
-from proteus_pipeline.embeddings.index import RECORD, Attestation, SegmentHeader, encode_index, key_array
+from proteus_pipeline.embeddings.index import INDEXES, RECORD, Attestation, SegmentHeader, encode_index, key_array
 from proteus_pipeline.embeddings.segment import Placed, SegmentWriter
 from proteus_pipeline.embeddings.stored import NUMPY_DTYPES, content_hash
 from proteus_pipeline.errors import StorageError
@@ -144,7 +144,9 @@ class Publication:
         records = to_records(placed, self._writer.lengths, self._writer.contents)
         self._file.publish()
         try:
-            self._store.write(f"index/{self.name}.idx", encode_index([header], key_array(self._writer.keys), records))
+            self._store.write(
+                f"{INDEXES}/{self.name}.idx", encode_index([header], key_array(self._writer.keys), records)
+            )
         except StorageError:
             with suppress(StorageError):
                 self._store.remove(f"{SEGMENTS}/{header.segment}")

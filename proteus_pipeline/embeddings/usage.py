@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from proteus_pipeline.embeddings.index import now
 from proteus_pipeline.stores.files import storage_error
 
 _NAME = "uses.jsonl"
@@ -39,8 +40,7 @@ class Use:
 
 def record_use(folder: Path, hits: int, derived: int, misses: int, segments: Mapping[str, int]) -> None:
     """Add a run's look-ups to a cache's account; where that can't be, say so and go on."""
-    when = dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
-    value = {"time": when, "hits": hits, "derived": derived, "misses": misses, "segments": dict(segments)}
+    value = {"time": now(), "hits": hits, "derived": derived, "misses": misses, "segments": dict(segments)}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # One short write to a file opened for appending: lines of several processes do not mix. An end of line in front:

@@ -17,6 +17,8 @@ from proteus_pipeline.embeddings import events as event_file
 from proteus_pipeline.embeddings.events import CacheEvent, event_files, read_event
 from proteus_pipeline.embeddings.index import (
     CHECKED_BYTES,
+    INDEXES,
+    RUNS,
     Attestation,
     Index,
     SegmentHeader,
@@ -31,7 +33,6 @@ if TYPE_CHECKING:
 
     from proteus_pipeline.stores.store import Store
 
-INDEXES, RUNS = "index", "runs"
 _KINDS = {INDEXES: ".idx", RUNS: ".run"}
 # So many index files are merged into a run, with the runs that are not much larger: look-ups stay a few searches.
 MERGE_AT = 4

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import os
 import sys
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from proteus_pipeline.config.overrides import parse
 from proteus_pipeline.embeddings.cache import Content, EmbeddingCache
 from proteus_pipeline.embeddings.explaining import Miss, Plan
 from proteus_pipeline.embeddings.imports import read_npz, read_pt
-from proteus_pipeline.embeddings.index import Attestation
+from proteus_pipeline.embeddings.index import Attestation, now
 from proteus_pipeline.embeddings.manifest import read_manifest
 from proteus_pipeline.embeddings.recipe import Recipe
 from proteus_pipeline.embeddings.stored import to_stored
@@ -26,7 +25,7 @@ from proteus_pipeline.models.device import device_class, matmul_rate, resolve_de
 from proteus_pipeline.models.pooling import POOLINGS
 from proteus_pipeline.sequences.fasta import Record, shown
 from proteus_pipeline.stages.adhoc import composed_of
-from proteus_pipeline.stages.compose import check_cache_folders, recipe_of
+from proteus_pipeline.stages.compose import check_cache_folders, extent, recipe_of
 from proteus_pipeline.stages.embed import embed_records
 from proteus_pipeline.stages.project import CANDIDATE, COMPOSED, MANIFEST, Project
 from proteus_pipeline.stores.files import storage_error
@@ -192,11 +191,6 @@ def _trunk(version: ModelVersion) -> str:
     return version.record.trunk_digest if version.record else version.checkpoint.trunk_digest
 
 
-def _extent(version: ModelVersion, name: str) -> int:
-    """Return a version's ``layers`` or ``width``: of its record, where it has one, which needs no weights."""
-    return int(version.record.architecture[name] if version.record else getattr(version.checkpoint.architecture, name))
-
-
 def contents(project: Project, cache: EmbeddingCache) -> list[tuple[Content, list[str]]]:
     """Return what is in a cache, with the versions whose weights made it."""
     names, _ = versions_by_trunk(project)
@@ -252,7 +246,7 @@ def invalidate(
         raise ConfigError("--reason is empty", "say why: explain shows it to whoever wonders")
     recipe: dict[str, Any] = {}
     if layer is not None:
-        layers = _extent(version, "layers")
+        layers = extent(version, "layers")
         try:
             recipe["layer"] = resolve_layer(layer, layers)
         except ConfigError as error:
@@ -387,10 +381,9 @@ def load(project: Project, this: Asked, source: Path) -> Loaded:
 
     """
     sequences = {r.id: r.sequence for r in this.records}
-    width = _extent(project.manager.resolve(this.reference), "width")
+    width = extent(project.manager.resolve(this.reference), "width")
     unknown: list[str] = []
     skipped = 0
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     publication = this.cache.begin(this.trunk, this.recipe)
     try:
         for row in read_npz(source) if source.suffix == ".npz" else read_pt(source):
@@ -415,7 +408,7 @@ def load(project: Project, this: Asked, source: Path) -> Loaded:
             key = this.recipe.key(this.trunk, sequence)
             publication.add(key, to_stored(row.array, this.recipe.stored), len(sequence))
         if len(publication):
-            publication.publish(Attestation(UNATTESTED, "", now, 0.0, 0, "imported"))
+            publication.publish(Attestation(UNATTESTED, "", now(), 0.0, 0, "imported"))
     finally:
         publication.discard()
     this.cache.tidy()

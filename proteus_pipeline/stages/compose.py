@@ -161,9 +161,7 @@ def _stage(
     try:
         version = _version(project, reference, progress)
         locked = Locked.of(version)
-        layers = (
-            int(version.record.architecture["layers"]) if version.record else version.checkpoint.architecture.layers
-        )
+        layers = extent(version, "layers")
     except (VersionNotFoundError, ConfigError) as error:
         raise composition.blame(error, key) from error
     except ProteusError as error:
@@ -177,6 +175,11 @@ def _stage(
     window, overlap = _windows(composition)
     model |= {"digest": locked.model, "trunk_digest": locked.trunk, "description": _description(project, version)}
     return {"model": model, "layer": layer, "window": window, "overlap": overlap}
+
+
+def extent(version: ModelVersion, name: str) -> int:
+    """Return a version's ``layers`` or ``width``: of its record, where it has one, which needs no weights."""
+    return int(version.record.architecture[name] if version.record else getattr(version.checkpoint.architecture, name))
 
 
 def _description(project: Project, version: ModelVersion) -> str | None:
