@@ -206,11 +206,10 @@ def _segment(
         if repair:
             event = make_event("quarantined", "verify", segments={header.segment: [e.key for e in damaged]})
             write_event(cache.store, event)
+            rewrite(cache, [header])  # a file of which a part is damaged can't be copied
         done = "quarantined: reads as a miss, and is computed again" if repair else ""
         findings = [Finding("entry", e.key, f"damaged in {header.segment}", done) for e in damaged]
-    elif len(entries) == header.entries and (
-        size != header.segment_bytes or digest_of(Path(cache.store.location, name))[1] != header.digest
-    ):
+    elif size != header.segment_bytes or digest_of(Path(cache.store.location, name))[1] != header.digest:
         # Its entries are sound: some other byte of the zip is not, that another zarr reader may need.
         if repair:
             rewrite(cache, [header])

@@ -161,3 +161,20 @@ def test_a_forged_name_reaches_no_file_outside(tmp_path: Path, name: str, caplog
     assert (tmp_path / "victim.zip").read_text() == "precious"
     assert {p.name for p in tmp_path.iterdir()} <= {"hostile", "mine", "victim.zip"}
     assert "says what no index of format 1 says" in caplog.text
+
+
+def test_what_repair_has_quarantined_does_not_stop_a_push(tmp_path: Path):
+    made = make(4)
+    here = EmbeddingCache(tmp_path / "here")
+    publish(here, made)
+    key = list(made.arrays)[2]
+    ((entry,),) = here.candidates([key]).values()
+    path = tmp_path / "here" / "seg" / entry.segment
+    data = bytearray(path.read_bytes())
+    data[entry.offset] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(IntegrityError, match="run: proteus cache verify --repair"):
+        here.push(tmp_path / "there")
+    here.verify(repair=True)
+    assert here.push(tmp_path / "there").entries == 3
+    assert serves(EmbeddingCache(tmp_path / "there"), made) == serves(here, made) == 3
