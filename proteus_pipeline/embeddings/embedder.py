@@ -150,7 +150,7 @@ def _derive(
         (
             h.published
             for h in cache.all_segments()
-            if h.trunk == trunk and (h.recipe["layer"], h.recipe["pooling"], h.recipe["stored"]) in kinds
+            if h.trunk == trunk and tuple(map(h.recipe.get, ("layer", "pooling", "stored"))) in kinds
         ),
         default=None,
     )

@@ -9,6 +9,7 @@ from proteus_pipeline.embeddings.computing import Progress
 from proteus_pipeline.embeddings.embedder import Outcome, embed
 from proteus_pipeline.embeddings.manifest import listed, write_manifest
 from proteus_pipeline.errors import IntegrityError
+from proteus_pipeline.models.device import attested, resolve_device
 from proteus_pipeline.sequences.fasta import Record, read_fasta
 from proteus_pipeline.stages.compose import recipe_of
 from proteus_pipeline.stages.project import MANIFEST, SEQUENCES, Project
@@ -60,20 +61,13 @@ def embed_records(
     model = composed["stages"][stage]["model"]
     recipe = recipe_of(composed, stage)
 
-    def attest() -> tuple[str, str]:
-        import torch
-
-        from proteus_pipeline.models.device import device_class, resolve_device
-
-        return device_class(resolve_device(runtime["device"])), str(torch.__version__)
-
     return embed(
         [r.sequence for r in records],
         trunk=model["trunk_digest"],
         recipe=recipe,
         cache=project.cache(composed),
         encoder=lambda: stage_encoder(project, composed, stage),
-        attest=attest,
+        attest=lambda: attested(resolve_device(runtime["device"])),
         token_budget=runtime["tokens_per_batch"],
         progress=progress,
     )
@@ -92,7 +86,6 @@ def stage_encoder(project: Project, composed: dict[str, Any], stage: str) -> Enc
     """
     import torch
 
-    from proteus_pipeline.models.device import resolve_device
     from proteus_pipeline.models.encoder import make_encoder
     from proteus_pipeline.registry.provision import provide
 
