@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from proteus_pipeline.models.attention import Heads
 from proteus_pipeline.models.device import has_bf16, matmul_rate
-from proteus_pipeline.models.products import Bf16Product, Fp32Product, Product
+from proteus_pipeline.models.products import Bf16Product, Fp32Product, PackedBf16Product, Product, can_pack
 
 if TYPE_CHECKING:
     import torch
@@ -65,21 +64,21 @@ class Arithmetic:
 
     """
 
-    def __init__(self, architecture: Architecture, precision: str, device: str) -> None:
+    def __init__(self, architecture: Architecture, precision: str, device: str, tile: int) -> None:
         import torch
 
         self.architecture = architecture
         self.device = device
+        self._tile = tile
         self._precision = precision
         self._on_cpu = device == "cpu"
         self._native = not self._on_cpu or has_bf16()
-        # Rounding queries and keys to bf16 alone costs the real 8M weights a cosine of 0.998 in the worst residue; bf16 sums
-        # kept in fp32, and fp32 queries and keys, leave 0.99988 (measured).
+        # Rounding what attention starts from and gives costs the real 8M weights a cosine of 0.998 in the worst residue, and is
+        # a third of the products; with the feed-forward's alone in bf16 it is 0.9998 (benchmarks/encoder_vs_peers.py).
         self.between = torch.bfloat16 if precision == "bf16" else torch.float32
         halves = {"fp32": torch.float32, "mixed": torch.float16, "bf16": torch.bfloat16}
         attends = halves[precision] if not self._on_cpu else self.between if self._native else torch.float32
         self.heads = Heads(architecture.heads, architecture.head_width, attends)
-        self._scratch = threading.local()
 
     def norm(self, tensors: Mapping[str, torch.Tensor], name: str) -> Norm:
         """Return a layer norm by its name."""
@@ -89,25 +88,17 @@ class Arithmetic:
         eps = float(self.architecture.layer_norm_eps)
         return lambda x: torch.nn.functional.layer_norm(x, (x.shape[-1],), weight, bias, eps)
 
-    def product(self, weight: torch.Tensor, bias: torch.Tensor, *, exact: bool = False) -> Product:
+    def product(self, weight: torch.Tensor, bias: torch.Tensor, *, exact: bool = False, gelu: bool = False) -> Product:
         """Return the product with a weight and a bias, in this precision, or in fp32 where `exact` can be had."""
         import torch
 
         # Copies: where a file is mapped, its tensors begin anywhere, and a BLAS library's bits may depend on it.
         weight, bias = (t.to(self.device, torch.float32, copy=True) for t in (weight, bias))
         if self._precision == "fp32" or (exact and self._precision == "mixed" and self._on_cpu):
-            return Fp32Product(weight, bias)
-        return Bf16Product(weight, bias, native=self._native)
-
-    def scratch(self, name: str, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
-        """Return this thread's buffer of a name, (rows, columns); what is in it is anything."""
-        import torch
-
-        known: torch.Tensor | None = getattr(self._scratch, name, None)
-        if known is None or known.shape[0] < rows:
-            known = torch.empty((rows, columns), dtype=dtype, device=self.device)
-            setattr(self._scratch, name, known)
-        return known[:rows]
+            return Fp32Product(weight, bias, gelu=gelu)
+        if self._on_cpu and self._native and can_pack():
+            return PackedBf16Product(weight, bias, self._tile, gelu=gelu)
+        return Bf16Product(weight, bias, native=self._native, gelu=gelu)
 
     def peak(self) -> float:
         """Return the rate of one large matrix product here and now, in this precision, FLOP/s."""
@@ -135,14 +126,9 @@ class Block:
         ]
         weight, bias = (torch.cat([parts[0][p][pairs], parts[1][p][pairs], parts[2][p]]) for p in ("weight", "bias"))
         self._qkv = arithmetic.product(weight, bias, exact=True)
-        self._out = arithmetic.product(*_tensors(tensors, "attention.output.dense"))
-        up, up_bias = _tensors(tensors, "intermediate.dense")
-        down, down_bias = _tensors(tensors, "output.dense")
-        self._fp32 = arithmetic.between == torch.float32
-        # The weights bring x / sqrt(2), of which GELU's erf is taken.
-        root = 0.5**0.5 if self._fp32 else 1.0
-        self._up = arithmetic.product(up.float() * root, up_bias.float() * root)
-        self._down = arithmetic.product(down.float() * root, down_bias)
+        self._out = arithmetic.product(*_tensors(tensors, "attention.output.dense"), exact=True)
+        self._up = arithmetic.product(*_tensors(tensors, "intermediate.dense"), gelu=True)
+        self._down = arithmetic.product(*_tensors(tensors, "output.dense"))
         self.frequencies = tensors["attention.self.rotary_embeddings.inv_freq"].float().cpu().numpy().tobytes()
 
     def project(self, batch: Batch, rows: slice) -> None:
@@ -154,35 +140,15 @@ class Block:
         rotated = qkv[:, : 2 * width].float()  # in fp32, qkv itself
         pairs = torch.view_as_complex(rotated.view(-1, 2, width // 2, 2))
         pairs *= batch.angles[self.frequencies][rows].unsqueeze(1)
-        if not self._fp32:
+        if rotated.dtype != qkv.dtype:
             qkv[:, : 2 * width] = rotated
 
     def finish(self, batch: Batch, rows: slice) -> None:
         """Add a tile's attention to its residual, and then what the feed-forward makes of it."""
-        import torch
-
-        e, x = self._arithmetic, batch.x[rows]
+        x = batch.x[rows]
         self._out.add_to(x, batch.context[rows])
-        wide = e.scratch("wide", x.shape[0], e.architecture.ffn_width, e.between)
-        self._up(self._norm2(x.float()), wide)
-        if self._fp32:
-            erf = torch.erf(wide, out=e.scratch("erf", wide.shape[0], wide.shape[1], wide.dtype))
-            torch.addcmul(wide, wide, erf, out=wide)
-        else:
-            wide = _gelu(wide)
-        self._down.add_to(x, wide)
+        self._down.add_to(x, self._up(self._norm2(x.float())))
 
 
 def _tensors(tensors: dict[str, torch.Tensor], name: str) -> tuple[torch.Tensor, torch.Tensor]:
     return tensors[f"{name}.weight"], tensors[f"{name}.bias"]
-
-
-def _gelu(x: torch.Tensor) -> torch.Tensor:
-    """Return GELU of bf16 numbers, computed in fp32."""
-    import torch
-
-    if x.is_cuda:
-        return torch.nn.functional.gelu(x)
-    # torch's fused CPU kernel has a coarser erf.
-    wide = x.float()
-    return (wide * 0.5).mul_((wide * 0.5**0.5).erf_().add_(1.0)).to(x.dtype)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-ENGINE_REVISION = 2  # part of every embedding key: raised only when an encoder's golden bits change
+ENGINE_REVISION = 3  # part of every embedding key: raised only when an encoder's golden bits change
 PRECISIONS = ("fp32", "mixed", "bf16")
 NUMERICS = ("strict", "tolerant")
 # By the family that an architecture says it is of.
@@ -135,8 +135,8 @@ def make_encoder(
     checkpoint
         The tensors; they may be memory-mapped.
     precision
-        ``fp32``; ``mixed``: bf16 matrix products with fp32 between them, but for what attention starts from, fp32 on a CPU
-        and fp16 on a GPU; ``bf16``: all but norms' statistics and rotation in bf16.
+        ``fp32``; ``mixed``: bf16 matrix products with fp32 between them, but for what attention starts from and gives:
+        fp32 on a CPU, and fp16 in a GPU's attention; ``bf16``: all but norms' statistics and rotation in bf16.
     numerics
         ``strict``: bit-identical on one device class whatever the batch, order and thread count; ``tolerant``: the shapes
         of the moment, and results that are apart by rounding.

@@ -10,7 +10,7 @@ Tiles serve speed as well: what a block does to one between two attentions stays
 The arithmetic is fair-esm 2.0.0's (esm/model/esm2.py, esm/multihead_attention.py, esm/rotary_embedding.py): embeddings
 scaled by 0.88 under token dropout, fp32 rotary tables from the stored inv_freq, erf GELU, the last layer taken after the
 final norm. It is written with fewer passes: the two halves that a head rotates are laid side by side in the weights, so that
-the rotation is one product of complex numbers; GELU's 1/sqrt(2) is in the weights around it; the scale of the queries is the
+the rotation is one product of complex numbers; GELU is taken in the product before it; the scale of the queries is the
 attention kernel's.
 """
 
@@ -72,7 +72,7 @@ class Esm2Encoder:
         self._on_cpu = device == "cpu"
         self._checkpoint = checkpoint
         self._tile = ROW_TILE if self._on_cpu else _GPU_TILE
-        self._arithmetic = Arithmetic(a, precision, device)
+        self._arithmetic = Arithmetic(a, precision, device, self._tile)
         self.heads = self._arithmetic.heads
         self._together = not self._on_cpu and self.heads.compute != torch.float32 and _has_varlen(device)
         self._tokens = _token_table(a)

@@ -55,6 +55,19 @@ class Workers:
 
 
 @contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch use one thread, and afterwards as many as before."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
 def workers(count: int) -> Iterator[Workers]:
     """Start `count` threads, and afterwards leave torch with as many of its own as it had."""
     import torch

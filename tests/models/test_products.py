@@ -1,0 +1,74 @@
+"""Each kind of product against float64, and against itself wherever a row stands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from proteus_pipeline.models.device import has_bf16
+from proteus_pipeline.models.products import Bf16Product, Fp32Product, PackedBf16Product, Product, can_pack
+
+ROWS, INPUTS, OUTPUTS = 256, 72, 40
+Make = Callable[[torch.Tensor, torch.Tensor, bool], Product]
+KINDS: dict[str, tuple[Make, torch.dtype, bool]] = {
+    "fp32": (lambda w, b, gelu: Fp32Product(w, b, gelu=gelu), torch.float32, True),
+    "packed bf16": (
+        lambda w, b, gelu: PackedBf16Product(w, b, ROWS, gelu=gelu),
+        torch.bfloat16,
+        can_pack() and has_bf16(),
+    ),
+    "bf16": (lambda w, b, gelu: Bf16Product(w, b, native=True, gelu=gelu), torch.bfloat16, True),
+    "bf16 in fp32": (lambda w, b, gelu: Bf16Product(w, b, native=False, gelu=gelu), torch.bfloat16, True),
+}
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> tuple[Make, torch.dtype]:
+    make, dtype, here = KINDS[request.param]
+    if not here:
+        pytest.skip("this CPU has no such product")
+    return make, dtype
+
+
+def _numbers(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    random = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(n, INPUTS, generator=random).to(dtype).float() for n in (ROWS, OUTPUTS))
+    return x, weight, torch.randn(OUTPUTS, generator=random)
+
+
+@pytest.mark.parametrize("gelu", [False, True])
+def test_a_product_is_the_product(kind: tuple[Make, torch.dtype], gelu: bool):
+    make, dtype = kind
+    x, weight, bias = _numbers(dtype)
+    exact = x.double() @ weight.double().t() + bias.double()
+    if gelu:
+        exact = torch.nn.functional.gelu(exact)
+    product = make(weight, bias, gelu)
+    got = product(x)
+    bound = 1e-6 if dtype == torch.float32 else 2**-8  # bf16 keeps 8 bits
+    assert (got.double() - exact).abs().max() <= bound * exact.abs().max()
+    out = torch.full((ROWS, 3 * OUTPUTS), torch.nan)[:, :OUTPUTS].contiguous()
+    assert product(x, out) is out
+    assert torch.equal(out, got.float())
+
+
+def test_a_product_is_added(kind: tuple[Make, torch.dtype]):
+    make, dtype = kind
+    x, weight, bias = _numbers(dtype)
+    product, residual = make(weight, bias, False), torch.randn(ROWS, OUTPUTS)
+    exact = residual.double() + x.double() @ weight.double().t() + bias.double()
+    product.add_to(residual, x)
+    assert residual.dtype == torch.float32
+    bound = 1e-6 if dtype == torch.float32 else 2**-8
+    assert (residual.double() - exact).abs().max() <= bound * exact.abs().max()
+
+
+@pytest.mark.parametrize("gelu", [False, True])
+def test_a_row_has_the_same_bits_wherever_it_stands(kind: tuple[Make, torch.dtype], gelu: bool):
+    make, dtype = kind
+    x, weight, bias = _numbers(dtype)
+    product = make(weight, bias, gelu)
+    order = torch.randperm(ROWS, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(product(x[order]), product(x)[order])
