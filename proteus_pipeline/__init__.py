@@ -31,9 +31,11 @@ if TYPE_CHECKING:
     )
     from proteus_pipeline.registry.versions import ModelVersionManager
     from proteus_pipeline.serving.interface import ModelInterface
+    from proteus_pipeline.serving.model_cache import ModelCacheManager
 
 _HOMES = {
     "EmbeddingCache": "embeddings.cache",
+    "ModelCacheManager": "serving.model_cache",
     "ModelInterface": "serving.interface",
     "ModelVersionManager": "registry.versions",
     "load_embeddings": "embeddings.manifest",
@@ -49,6 +51,7 @@ __all__ = [
     "IntegrityError",
     "InvalidVersionError",
     "MetadataError",
+    "ModelCacheManager",
     "ModelError",
     "ModelInterface",
     "ModelVersionManager",

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
-import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -23,6 +20,7 @@ from proteus_pipeline.embeddings.recipe import Recipe, windows
 from proteus_pipeline.embeddings.stored import to_stored
 from proteus_pipeline.errors import StorageError
 from proteus_pipeline.models.encoder import Outputs
+from proteus_pipeline.models.memory import give_back, keep_large_arrays_apart
 from proteus_pipeline.models.pooling import finite, pool, pool_residues
 
 if TYPE_CHECKING:
@@ -38,8 +36,8 @@ PUBLISH_BYTES = 128 << 20
 PUBLISH_SECONDS = 60.0
 # Computed and not yet written: beyond this the encoder waits for the disk.
 _QUEUE_BYTES = 16 << 20
-# The number that mallopt has for it, and the bytes; and after how many tokens what lies in pieces is given back.
-_M_MMAP_THRESHOLD, _GIVEN_BACK_BYTES, _GIVEN_BACK_TOKENS = -3, 2 << 20, 8192
+# After how many tokens freed memory is given back.
+_GIVEN_BACK_TOKENS = 8192
 # What a run claims at a time: little enough that others find work, enough that batches are full.
 _PORTIONS, _PORTION_TOKENS = 16, 32_768
 # How long to wait where other runs are at all that is left, seconds.
@@ -307,23 +305,19 @@ class Job:
 
 
 def _giving_back(results: Iterator[Computed]) -> Iterator[Computed]:
-    """Yield what comes, and have the C library give freed memory back to the system on the way.
+    """Yield what comes, and give freed memory back to the system on the way.
 
-    By itself glibc keeps ever larger arrays in pieces: 1,500 proteins take a fifth more memory at the peak than 100 (one block
-    of the 8M shape), and with this 5% more, in the same time. Of smaller arrays alone (256 kB), it would take a fifth more time.
+    Otherwise 1,500 proteins take a fifth more memory at the peak than 100 (one block of the 8M shape); with this 5% more, in the
+    same time.
     """
-    library = ctypes.CDLL(None) if sys.platform == "linux" else None
-    with suppress(AttributeError):  # another C library than glibc
-        if library:
-            library.mallopt(_M_MMAP_THRESHOLD, _GIVEN_BACK_BYTES)
+    keep_large_arrays_apart()
     tokens = 0
     for computed in results:
         yield computed
         tokens += computed.tokens
-        if library and tokens > _GIVEN_BACK_TOKENS:
+        if tokens > _GIVEN_BACK_TOKENS:
             tokens = 0
-            with suppress(AttributeError):
-                library.malloc_trim(0)
+            give_back()
 
 
 def compute(

@@ -17,7 +17,7 @@ import heapq
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from types import MappingProxyType
 from typing import Any, Generic, TypeVar
@@ -98,6 +98,11 @@ class Policy(ABC, Generic[K]):
     def evicted(self, key: K) -> None:
         """Forget a key that went because of this policy."""
         self.removed(key)
+
+    def take_over(self, other: Policy[K]) -> None:
+        """Enter all that another policy knows, with its ages, uses and costs; the other keeps its own books."""
+        for key, item in sorted(other._items.items(), key=lambda pair: pair[1].added):
+            self._items[key] = replace(item)
 
     def size(self, key: K) -> int:
         """Return the bytes of a key that is here."""
@@ -200,6 +205,11 @@ class Cost(Policy[K]):
         if item is not None:
             self.clock = max(self.clock, item.priority)
         super().evicted(key)
+
+    def take_over(self, other: Policy[K]) -> None:
+        super().take_over(other)
+        for key in self._items:
+            self._prioritise(key)
 
     def _prioritise(self, key: K) -> None:
         item = self._items.get(key)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     import torch
 
     from proteus_pipeline.models.architecture import Architecture
-
-    Norm = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass
@@ -52,6 +50,21 @@ class Batch:
     received: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Norm:
+    """A layer norm over (T, D) rows."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+    eps: float
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Return `x` normalised."""
+        import torch
+
+        return torch.nn.functional.layer_norm(x, (x.shape[-1],), self.weight, self.bias, self.eps)
+
+
 class Arithmetic:
     """What a precision means on a device: of which dtype numbers are, and by what they are multiplied.
 
@@ -61,6 +74,8 @@ class Arithmetic:
         The dtype of what passes from one operation to the next.
     heads
         An architecture's heads, in the dtype that attention is computed in.
+    nbytes
+        What its norms and products hold in memory.
 
     """
 
@@ -69,6 +84,7 @@ class Arithmetic:
 
         self.architecture = architecture
         self.device = device
+        self.nbytes = 0
         self._tile = tile
         self._precision = precision
         self._on_cpu = device == "cpu"
@@ -84,21 +100,27 @@ class Arithmetic:
         """Return a layer norm by its name."""
         import torch
 
-        weight, bias = (tensors[f"{name}.{part}"].to(self.device, torch.float32) for part in ("weight", "bias"))
-        eps = float(self.architecture.layer_norm_eps)
-        return lambda x: torch.nn.functional.layer_norm(x, (x.shape[-1],), weight, bias, eps)
+        # Copies, here and below: where a file is mapped, its pages can be let go, and tensors begin at an aligned address.
+        weight, bias = (
+            tensors[f"{name}.{part}"].to(self.device, torch.float32, copy=True) for part in ("weight", "bias")
+        )
+        self.nbytes += weight.nbytes + bias.nbytes
+        return Norm(weight, bias, float(self.architecture.layer_norm_eps))
 
     def product(self, weight: torch.Tensor, bias: torch.Tensor, *, exact: bool = False, gelu: bool = False) -> Product:
         """Return the product with a weight and a bias, in this precision, or in fp32 where `exact` can be had."""
         import torch
 
-        # Copies: where a file is mapped, its tensors begin anywhere, and a BLAS library's bits may depend on it.
         weight, bias = (t.to(self.device, torch.float32, copy=True) for t in (weight, bias))
+        product: Product
         if self._precision == "fp32" or (exact and self._precision == "mixed" and self._on_cpu):
-            return Fp32Product(weight, bias, gelu=gelu)
-        if self._on_cpu and self._native and can_pack():
-            return PackedBf16Product(weight, bias, self._tile, gelu=gelu)
-        return Bf16Product(weight, bias, native=self._native, gelu=gelu)
+            product = Fp32Product(weight, bias, gelu=gelu)
+        elif self._on_cpu and self._native and can_pack():
+            product = PackedBf16Product(weight, bias, self._tile, gelu=gelu)
+        else:
+            product = Bf16Product(weight, bias, native=self._native, gelu=gelu)
+        self.nbytes += product.nbytes
+        return product
 
     def peak(self) -> float:
         """Return the rate of one large matrix product here and now, in this precision, FLOP/s."""

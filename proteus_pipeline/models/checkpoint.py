@@ -69,6 +69,9 @@ class KnownTensors(Mapping[str, "torch.Tensor"]):
 
     digests: dict[str, str]
 
+    def let_go(self) -> None:
+        """Hold no tensor any more; the next touch reads and checks it again."""
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -99,6 +102,25 @@ class Checkpoint:
     @property
     def model_digest(self) -> str:
         return digests.of_model(self.digests)
+
+    def heads(self) -> Checkpoint:
+        """Return what heads are made of, without holding the trunk: of tensors in memory, theirs and the token embedding."""
+        if isinstance(self.tensors, KnownTensors):
+            return self
+        needed = {n: t for n, t in self.tensors.items() if component_of(n) != TRUNK or n == EMBEDDING}
+        return Checkpoint(self.architecture, needed)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of tensors that are held in memory; mapped ones are the system's, which takes them back as it needs."""
+        if isinstance(self.tensors, KnownTensors):
+            return 0
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def let_go(self) -> None:
+        """Free what was mapped, once nobody else holds its tensors; it is read and checked again when it is touched."""
+        if isinstance(self.tensors, KnownTensors):
+            self.tensors.let_go()
 
     def layer(self, index: int) -> dict[str, torch.Tensor]:
         """Return one block's tensors, by their names within the block."""

@@ -88,6 +88,10 @@ class Encoder(Protocol):
 
     architecture: Architecture
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it holds in its device's memory between calls."""
+
     def compute(
         self, sequences: Sequence[str], outputs: Outputs, token_budget: int = 2048
     ) -> Iterator[tuple[int, Encoded]]:
@@ -123,6 +127,27 @@ class Encoder(Protocol):
 
     def peak(self) -> float:
         """Return the rate of one large matrix product here and now, in this precision, FLOP/s: the ceiling of all work."""
+
+
+def weight_bytes(architecture: Architecture, precision: str) -> int:
+    """Return about how many bytes an encoder of a trunk will hold, before one is made: 4 a weight, or 2 in bf16.
+
+    ``mixed`` counts as fp32: on a CPU a third of its products is. Rotary tables of 1,024 positions are counted, for they are
+    made with the first sequence.
+    """
+    a, d = architecture, architecture.width
+    products = a.layers * (4 * d * d + 2 * d * a.ffn_width)
+    rest = a.layers * (8 * d + d + a.ffn_width) + (len(a.tokens) + 2) * d  # biases and norms, embedding, the last norm
+    return (2 if precision == "bf16" else 4) * products + 4 * rest + 1024 * 4 * d
+
+
+def activation_bytes(architecture: Architecture, tokens: int, threads: int) -> int:
+    """Return about how many bytes a call with batches of so many tokens takes beside the weights, on so many threads.
+
+    Of each token: the residual, queries, keys and values, context, rotations, a layer that is kept and its copy, 12 widths of
+    fp32 in all.
+    """
+    return 48 * architecture.width * tokens * threads
 
 
 def make_encoder(

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 ROW_TILE = 256  # rows of a tile: 256 wastes little on short jobs, and a tile of 8M's widest matrix is 1.3 MB
 _BATCHES_EACH = 4
 _LEAST_TOKENS = 2 * ROW_TILE
+_TABLE_ROWS = 1024  # of a rotary table, at least
 _GPU_TILE = 4096  # a GPU needs more rows at once to be busy
 # ESM-2 was trained with 15% of tokens chosen, 80% of those masked (esm/model/esm2.py).
 _KEPT_IN_TRAINING = 1 - 0.15 * 0.8
@@ -70,25 +71,28 @@ class Esm2Encoder:
         self.device = device
         self._strict = strict
         self._on_cpu = device == "cpu"
-        self._checkpoint = checkpoint
+        self._heads_of = checkpoint.heads()
         self._tile = ROW_TILE if self._on_cpu else _GPU_TILE
         self._arithmetic = Arithmetic(a, precision, device, self._tile)
         self.heads = self._arithmetic.heads
         self._together = not self._on_cpu and self.heads.compute != torch.float32 and _has_varlen(device)
         self._tokens = _token_table(a)
-        self._embedding = checkpoint.tensors[EMBEDDING].to(device, torch.float32)
+        self._embedding = checkpoint.tensors[EMBEDDING].to(device, torch.float32, copy=True)
         self._norm_after = self._arithmetic.norm(checkpoint.tensors, "esm.encoder.emb_layer_norm_after")
-        self._blocks = [Block(self._arithmetic, checkpoint.layer(i)) for i in range(a.layers)]
+        self._blocks = []
+        for index in range(a.layers):
+            self._blocks.append(Block(self._arithmetic, checkpoint.layer(index)))
+            checkpoint.let_go()  # or all weights would be in memory twice: what is mapped, and the copies
         self._tables: dict[bytes, torch.Tensor] = {}
         self._lock = threading.Lock()
 
     @cached_property
     def _language_head(self) -> LanguageHead:
-        return LanguageHead(self._checkpoint, self.device)
+        return LanguageHead(self._heads_of, self.device)
 
     @cached_property
     def _contact_head(self) -> ContactHead:
-        return ContactHead(self._checkpoint, self.device)
+        return ContactHead(self._heads_of, self.device)
 
     def encode(
         self, sequences: Sequence[str], layers: Sequence[int], token_budget: int = 2048
@@ -265,6 +269,27 @@ class Esm2Encoder:
         logits: NDArray[np.float32] = self._language_head(hidden[rows]).cpu().numpy()
         return logits
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that weights and rotary tables hold in this encoder's memory, the tables' first rows before they are made too.
+
+        Heads of a file that is mapped are read when they are asked for.
+        """
+        first = 4 * _TABLE_ROWS * self.architecture.width
+        tables = sum(
+            self._tables[f].nbytes if f in self._tables else first for f in {b.frequencies for b in self._blocks}
+        )
+        return self._embedding.nbytes + self._arithmetic.nbytes + self._heads_of.nbytes + tables
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what is made again when it is asked for: tables, heads; and a lock can't be copied."""
+        left = {"_lock", "_tables", "_language_head", "_contact_head"}
+        return {name: value for name, value in self.__dict__.items() if name not in left}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        self._tables, self._lock = {}, threading.Lock()
+
     def flops(self, length: int) -> float:
         """Return the floating-point operations that a sequence of `length` residues takes."""
         return self.architecture.flops(length)
@@ -283,7 +308,7 @@ class Esm2Encoder:
         with self._lock:
             known = self._tables.get(frequencies)
             if known is None or known.shape[0] < length:
-                rows = max(1024, 1 << (length - 1).bit_length())
+                rows = max(_TABLE_ROWS, 1 << (length - 1).bit_length())
                 inv_freq = np.frombuffer(frequencies, dtype=np.float32)
                 angles = np.outer(np.arange(rows, dtype=np.float32), inv_freq).astype(np.float64)
                 table = (np.cos(angles).astype(np.float32) + 1j * np.sin(angles).astype(np.float32)).astype(

@@ -112,15 +112,22 @@ class MappedTensors(KnownTensors):
     def __len__(self) -> int:
         return len(self.digests)
 
+    def let_go(self) -> None:
+        self._checked.clear()
+        self._open.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_open": {}, "_checked": {}}  # a copy opens its own
+
     def _map(self, name: str) -> torch.Tensor:
         from safetensors import safe_open
 
         shard = self._shards[name]
         path = self._files[shard]
-        if shard not in self._open:
-            size = path.stat().st_size
-            self._open[shard] = (safe_open(path, framework="pt"), size)
-        file, size = self._open[shard]
+        opened = self._open.get(shard)  # another thread may let go meanwhile
+        if opened is None:
+            opened = self._open[shard] = (safe_open(path, framework="pt"), path.stat().st_size)
+        file, size = opened
         # A page beyond the end of a file that was cut while it was mapped would end the process.
         if path.stat().st_size != size:
             raise ValueError(f"{path} is no longer the file that was opened")

@@ -17,7 +17,16 @@ _ROOT = 0.5**0.5  # of x / sqrt(2), GELU's erf is taken
 
 
 class Product(Protocol):
-    """``x @ weight.T + bias``, and GELU of it where that was asked for."""
+    """``x @ weight.T + bias``, and GELU of it where that was asked for.
+
+    Attributes
+    ----------
+    nbytes
+        What it holds in memory.
+
+    """
+
+    nbytes: int
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """Return the product of (T, in) `x`, (T, out): in `out`, if one is given."""
@@ -41,6 +50,7 @@ class Fp32Product:
             weight, bias = weight * _ROOT, bias * _ROOT
         # Turned round in memory: BLAS would otherwise do that for every tile, at some hundredths of the time (measured, MKL).
         self._weight, self._bias = weight.t().contiguous(), bias
+        self.nbytes = self._weight.nbytes + bias.nbytes
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         import torch
@@ -73,17 +83,31 @@ class PackedBf16Product:
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor, rows: int, *, gelu: bool) -> None:
+        self._bias, self._rows = bias, rows
+        self._weight = self._pack(weight.bfloat16())
+        self.nbytes = 2 * weight.numel() + bias.nbytes
+        self._then: tuple[str, list[float], str] = ("gelu", [], "none") if gelu else ("none", [], "")
+
+    def _pack(self, weight: torch.Tensor) -> torch.Tensor:
         import torch
 
         # The threads that multiply have one thread each, and a layout may be chosen by how many there are.
         with one_thread():
-            self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.bfloat16(), rows)  # noqa: SLF001 - no public name
-        self._bias = bias
-        self._then: tuple[str, list[float], str] = ("gelu", [], "none") if gelu else ("none", [], "")
-        self._linear: Any = torch.ops.mkldnn._linear_pointwise  # noqa: SLF001
+            packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, self._rows)  # noqa: SLF001 - no public name
+        return packed
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_weight": self._weight.to_dense()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        self._weight = self._pack(state["_weight"])
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        product: torch.Tensor = self._linear(x.bfloat16(), self._weight, self._bias, *self._then)
+        import torch
+
+        linear = torch.ops.mkldnn._linear_pointwise  # noqa: SLF001
+        product: torch.Tensor = linear(x.bfloat16(), self._weight, self._bias, *self._then)
         return product if out is None else out.copy_(product)
 
     def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> None:
@@ -113,6 +137,7 @@ class Bf16Product:
         self._native, self._gelu = native, gelu
         rounded = weight.t().contiguous().bfloat16()
         self._weight, self._bias = rounded if native else rounded.float(), bias
+        self.nbytes = self._weight.nbytes + bias.nbytes
         self._sums = native and weight.is_cuda and _gives_sums(torch)
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:

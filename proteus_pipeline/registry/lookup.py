@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 from proteus_pipeline.errors import VersionNotFoundError
@@ -12,6 +13,8 @@ from proteus_pipeline.registry.home import find_home, open_home, other_home
 from proteus_pipeline.registry.tags import read_events
 from proteus_pipeline.registry.version import ModelVersion
 
+_CLOCK_STEP_NS = 100_000_000  # file systems' clocks go in steps of some milliseconds
+
 
 class VersionLookup:
     """What is registered in the repository at `root`, which need not exist yet."""
@@ -19,6 +22,7 @@ class VersionLookup:
     def __init__(self, root: Path) -> None:
         self.root = root.expanduser().absolute()
         self._known: Git | None = None
+        self._refs: Path | None = None
         self.found()
 
     def found(self) -> Git | None:
@@ -81,6 +85,29 @@ class VersionLookup:
         if number is None:
             raise self.not_found(history, f"v{wanted.selector}" if wanted.exact else wanted.selector)
         return self.sound(history, number)
+
+    def stamp(self, name: str) -> tuple[int, ...] | None:
+        """Return what changes when a tag of a model comes or goes, by whichever process: a few microseconds.
+
+        None where that can't be told: there is no repository, or a tag came so recently that another might have come at
+        the same reading of the file system's clock.
+        """
+        git = self.found()
+        if git is None:
+            return None
+        if self._refs is None:
+            self._refs = git.folder()
+        tags = self._refs / "refs" / "tags"
+        parents = (tags.joinpath(*name.split("/")[:depth]) for depth in range(name.count("/") + 1))
+        times = []
+        for place in (self._refs / "packed-refs", self._refs / "reftable" / "tables.list", *parents):
+            try:
+                found = place.stat()
+            except OSError:
+                times += [0, 0]
+            else:
+                times += [found.st_mtime_ns, found.st_ino]
+        return None if time.time_ns() - max(times[::2]) < _CLOCK_STEP_NS else tuple(times)
 
     def history(self, name: str) -> History:
         """Return a model's events in order, and what they come to."""

@@ -107,7 +107,11 @@ class ModelVersion:
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
-        """The version's tensors, memory-mapped from the DVC cache; each is checked when it is first touched.
+        """What `fresh` returns, once: StorageError and IntegrityError as it says."""
+        return self.fresh()
+
+    def fresh(self) -> Checkpoint:
+        """Open the version's tensors, memory-mapped from the DVC cache; each is checked when it is first touched.
 
         Raises
         ------

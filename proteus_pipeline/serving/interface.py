@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,8 +91,12 @@ class ModelInterface:
             When what is there is no ESM-2 checkpoint.
 
         """
+        return self.version.checkpoint if self.version is not None else self.fresh()
+
+    def fresh(self) -> Checkpoint:
+        """Open the weights anew, as `checkpoint` does once: what it returns is nobody else's."""
         if self.version is not None:
-            return self.version.checkpoint
+            return self.version.fresh()
         from proteus_pipeline.models.reading import read_checkpoint
 
         return read_checkpoint(self._weights or self._fetched.path)
@@ -177,11 +182,10 @@ class ModelInterface:
         if pooling not in POOLINGS:
             raise ConfigError(f"pooling is {pooling!r}", f"use one of {', '.join(POOLINGS)}")
         outputs = Outputs.to_pool(index, pooling)
-        found = {
-            i: finite(pool(e.hidden[index], pooling, e.received.get(index)), options.get("precision", "fp32"))
-            for i, e in self.encoder(**options).compute(read, outputs)
-        }
-        return [found[i] for i in range(len(read))]
+        return [
+            finite(pool(e.hidden[index], pooling, e.received.get(index)), options.get("precision", "fp32"))
+            for e in self._compute(read, outputs, options)
+        ]
 
     def logits(self, sequences: Sequence[str], **options: str) -> list[NDArray[np.float32]]:
         """Compute the language-model head's logits.
@@ -233,8 +237,13 @@ class ModelInterface:
 
     def _compute(self, sequences: list[str], outputs: Outputs, options: Mapping[str, str]) -> list[Encoded]:
         """Return each sequence's outputs, in their order."""
-        found = dict(self.encoder(**options).compute(sequences, outputs))
+        with self._using(options) as encoder:
+            found = dict(encoder.compute(sequences, outputs))
         return [found[i] for i in range(len(sequences))]
+
+    def _using(self, options: Mapping[str, str]) -> AbstractContextManager[Encoder]:
+        """Return an encoder for one call."""
+        return nullcontext(self.encoder(**options))
 
     def to_fair_esm(self) -> tuple[torch.nn.Module, Any]:
         """Return the weights as fair-esm's ``(model, alphabet)``, for code written against fair-esm."""

@@ -1,0 +1,119 @@
+"""An encoder packed into compressed bytes, and unpacked again: sooner than from a slow source, later than kept.
+
+Whatever pickles can be packed. Tensors go beside the pickle, each compressed by zstd over shuffled bytes; in memory only, and by
+the process that made them, so that nothing foreign is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import time
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from numcodecs.blosc import Blosc
+
+    from proteus_pipeline.models.architecture import Architecture
+
+_SAMPLE_BYTES = 4 << 20
+
+
+class Packed:
+    """A compressed encoder, whose tensors are freed one after the other as they are compressed: it can't be used any more.
+
+    Attributes
+    ----------
+    architecture
+        The encoder's.
+    nbytes
+        What it holds in memory.
+    raw_bytes
+        What its tensors hold once it is unpacked.
+
+    """
+
+    def __init__(self, encoder: object, architecture: Architecture) -> None:
+        pickler, codec = _Pickler.fill(encoder), _codec()
+        self.architecture = architecture
+        self.raw_bytes = sum(tensor.nbytes for tensor in pickler.kept)
+        self._pickle = pickler.pickle
+        self._parts = []
+        for tensor in pickler.kept:
+            self._parts.append((codec.encode(_bytes(tensor)), tensor.dtype, tuple(tensor.shape)))
+            with suppress(RuntimeError):  # a file's pages: they are not this process's to free
+                tensor.untyped_storage().resize_(0)
+        self.nbytes = len(self._pickle) + sum(len(part) for part, _, _ in self._parts)
+
+    def unpack(self) -> Any:
+        """Return the encoder anew, bit for bit."""
+        codec = _codec()
+        return _Unpickler(io.BytesIO(self._pickle), [_decode(codec, *part) for part in self._parts]).load()
+
+
+def measure(encoder: object) -> tuple[float, float]:
+    """Return what a sample of an encoder's largest tensor is compressed to, as a share, and seconds a byte to bring it back."""
+    largest = max(_Pickler.fill(encoder).kept, key=lambda tensor: tensor.nbytes)
+    sample = _bytes(largest)[:_SAMPLE_BYTES]
+    codec = _codec()
+    packed = codec.encode(sample)
+    began = time.perf_counter()
+    codec.decode(packed)
+    return len(packed) / sample.nbytes, (time.perf_counter() - began) / sample.nbytes
+
+
+class _Pickler(pickle.Pickler):
+    """Pickles everything but tensors, which it keeps in a list."""
+
+    kept: list[torch.Tensor]
+    pickle: bytes
+
+    @classmethod
+    def fill(cls, value: object) -> _Pickler:
+        file = io.BytesIO()
+        pickler = cls(file, protocol=5)
+        pickler.kept = []
+        pickler.dump(value)
+        pickler.pickle = file.getvalue()
+        return pickler
+
+    def persistent_id(self, value: Any) -> int | None:
+        import torch
+
+        if not isinstance(value, torch.Tensor):
+            return None
+        self.kept.append(value)
+        return len(self.kept) - 1
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, file: io.BytesIO, tensors: list[torch.Tensor]) -> None:
+        super().__init__(file)
+        self._tensors = tensors
+
+    def persistent_load(self, number: Any) -> torch.Tensor:
+        tensor: torch.Tensor = self._tensors[number]
+        return tensor
+
+
+def _bytes(tensor: torch.Tensor) -> Any:
+    import torch
+
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+
+
+def _decode(codec: Blosc, part: bytes, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+    import torch
+
+    out = torch.empty(shape, dtype=dtype)
+    if out.numel():
+        codec.decode(part, out=_bytes(out))
+    return out
+
+
+def _codec() -> Blosc:
+    from numcodecs.blosc import SHUFFLE, Blosc
+
+    return Blosc(cname="zstd", clevel=1, shuffle=SHUFFLE)

@@ -1,0 +1,308 @@
+"""Loaded models in memory: the right version, within a true budget, loaded once however many ask."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+from proteus_pipeline.errors import ConfigError
+from proteus_pipeline.eviction.policies import DEFAULT_POLICY
+from proteus_pipeline.identity.names import Reference
+from proteus_pipeline.models.device import resolve_device
+from proteus_pipeline.models.encoder import NUMERICS, PRECISIONS, Encoder
+from proteus_pipeline.serving.bindings import Binding, Bindings
+from proteus_pipeline.serving.interface import ModelInterface
+from proteus_pipeline.serving.residence import Residence
+from proteus_pipeline.serving.settings import CacheSettings
+from proteus_pipeline.serving.statistics import prometheus_text
+
+if TYPE_CHECKING:
+    from proteus_pipeline.registry.version import ModelVersion
+    from proteus_pipeline.registry.versions import ModelVersionManager
+
+# What a model computes while it is warmed: as long as most proteins.
+_WARMING = "MKTAYIAKQRQISFVKSHFSRQLEERLGLIEVQ" * 9
+
+
+class ModelCacheManager:
+    """Keeps models loaded, so that a service or a notebook that uses several versions loads each once.
+
+    A name means what the registry says at the moment it is asked for: after a rollback or a new version, by this process or
+    another one on the same repository, no older model is returned. Names of the same weights share what is loaded. All
+    methods may be called from many threads.
+
+    Parameters
+    ----------
+    max_memory_gb
+        What loaded models may take, in 10^9 bytes: weights, and room for one call's activations each. A control group's limit
+        caps it. Files that are memory-mapped while they are loaded are let go block by block, and not counted.
+    eviction_policy
+        Which model goes first where there is no room: ``lru``, ``lfu``, ``fifo``, ``ttl``, or ``cost``, the one whose bytes
+        save the fewest seconds of loading.
+    distributed
+        Whether other machines are told of invalidations: not in this release.
+    compression
+        Whether a model that has to go is kept compressed in memory, where that was measured to be faster than its source.
+    version_manager
+        The registry; by default the project's, or ``~/.proteus/versions`` outside a project.
+    precision, numerics
+        As in `proteus_pipeline.models.encoder.make_encoder`.
+    device
+        ``auto``, ``cpu``, ``cuda`` or ``cuda:N``: one cache is for one device, and has that device's budget.
+    max_gpu_memory_gb, ttl, patience, activation_tokens
+        See `proteus_pipeline.serving.settings.CacheSettings`.
+
+    Raises
+    ------
+    ConfigError
+        For a value that is unknown or out of range.
+
+    """
+
+    def __init__(
+        self,
+        max_memory_gb: float = 4,
+        eviction_policy: str = DEFAULT_POLICY,
+        distributed: bool = False,
+        compression: bool = True,
+        *,
+        version_manager: ModelVersionManager | None = None,
+        precision: str = "fp32",
+        numerics: str = "strict",
+        device: str = "cpu",
+        max_gpu_memory_gb: float | None = None,
+        ttl: float | None = None,
+        patience: float = 10.0,
+        activation_tokens: int = 2048,
+    ) -> None:
+        if distributed:
+            raise ConfigError(
+                "distributed=True: models can't be invalidated on other machines yet",
+                "leave it out: processes on one repository see each other's rollbacks without it",
+            )
+        for name, value, known in (("precision", precision, PRECISIONS), ("numerics", numerics, NUMERICS)):
+            if value not in known:
+                raise ConfigError(f"{name} is {value!r}", f"use one of {', '.join(known)}")
+        settings = CacheSettings(
+            max_memory_gb, max_gpu_memory_gb, eviction_policy, ttl, compression, patience, activation_tokens
+        )
+        self._residence = Residence(settings, device=resolve_device(device), precision=precision, numerics=numerics)
+        self._bindings = Bindings(version_manager)
+
+    def cache_model(self, model: ModelInterface | ModelVersion) -> CachedModel:
+        """Load a model and keep it, as the next name of a version, or by its own name where it is not registered.
+
+        Raises
+        ------
+        CacheMemoryError
+            When it is larger than the budget, or models in use leave no room for it; nothing is let go for it.
+        CacheInvalidationError
+            When the registry can't be read, and so nobody can tell what a name means.
+        ConfigError
+            For what is no model.
+        ProteusError
+            What reading its weights raises: `ModelInterface.checkpoint`.
+
+        """
+        if isinstance(model, str):
+            raise ConfigError(f"{model!r} is a name, not a model", "use get_or_load for a name")
+        return self._loaded(self._bindings.of(model))
+
+    def get_cached_model(self, model_name: str) -> CachedModel | None:
+        """Return what a name or reference means now, if it is loaded; None if not.
+
+        Raises
+        ------
+        InvalidVersionError
+            When it breaks the grammar.
+        CacheInvalidationError
+            When the registry can't be read.
+
+        """
+        binding = self._bindings.known(model_name)
+        found = self._residence.peek(binding.digest if binding else "")
+        return CachedModel(self, binding) if binding and found else None
+
+    def get_or_load(self, model: str | ModelInterface | ModelVersion) -> CachedModel:
+        """Return a model, loaded now if it is not yet: once, however many threads ask.
+
+        Raises
+        ------
+        VersionNotFoundError
+            When nothing has that name.
+        CacheMemoryError, CacheInvalidationError, ProteusError
+            As `cache_model`. A failed load fails all who waited for it; until a pause is over that doubles each time, from
+            half a second to 30, who asks again gets the same error at once.
+
+        """
+        return self._loaded(self._bindings.of(model))
+
+    @contextmanager
+    def lease(self, model: str | ModelInterface | ModelVersion) -> Iterator[CachedModel]:
+        """Keep a model loaded in a ``with`` block, whatever else is loaded meanwhile; what it yields computes as long.
+
+        Raises
+        ------
+        ProteusError
+            As `get_or_load`.
+
+        """
+        binding = self._bindings.of(model)
+        with self._residence.leased(binding):
+            yield CachedModel(self, binding)
+
+    def preload(self, *models: str | ModelInterface | ModelVersion) -> list[CachedModel]:
+        """Load models before they are asked for, one after the other.
+
+        Raises
+        ------
+        CacheMemoryError
+            When not all have room together: those before it stay loaded.
+        ProteusError
+            As `get_or_load`.
+
+        """
+        loaded: list[CachedModel] = []
+        with self._leases(models) as bindings:
+            loaded.extend(CachedModel(self, binding) for binding in bindings)
+        return loaded
+
+    def warm(self, *models: str | ModelInterface | ModelVersion) -> list[CachedModel]:
+        """Load models, and compute one protein with each, so that tables, buffers and pages are there for the first request.
+
+        Raises
+        ------
+        ProteusError
+            As `preload`.
+
+        """
+        loaded = self.preload(*models)
+        for model in loaded:
+            model.embed([_WARMING])
+        return loaded
+
+    def invalidate(self, model: str) -> int:
+        """Serve a version no more, or all of a name's; return how many were loaded.
+
+        Who computes with one goes on, and its memory comes back when that is done.
+
+        Raises
+        ------
+        InvalidVersionError
+            When a reference breaks the grammar.
+        CacheInvalidationError
+            When the registry can't be read, so that nobody can tell which models are meant.
+
+        """
+        reference = Reference.parse(model)
+        if reference.exact:
+            binding = self._bindings.known(model)
+            return self._residence.drop({binding.digest}, "invalidated") if binding else 0
+        return self._residence.drop(self._bindings.digests(reference.name), "invalidated")
+
+    def clear_cache(self) -> int:
+        """Let go of all models and compressed copies; return how many models. As `invalidate`, for those in use."""
+        return self._residence.drop(None, "cleared")
+
+    def update_cache_config(self, config: Mapping[str, Any]) -> CacheSettings:
+        """Change settings while models are served; what no longer fits is let go.
+
+        Parameters
+        ----------
+        config
+            Some of `CacheSettings`, by name.
+
+        Returns
+        -------
+        CacheSettings
+            All that are now in force.
+
+        Raises
+        ------
+        ConfigError
+            For an unknown name or a value out of range; the old settings stand.
+        CacheMemoryError
+            When models in use do not fit into a smaller limit; the old settings stand.
+
+        """
+        if isinstance(config, Mapping) and "distributed" in config:
+            if config["distributed"] is not False:
+                raise ConfigError(f"distributed is {config['distributed']!r}", "use False: see ModelCacheManager")
+            config = {name: value for name, value in config.items() if name != "distributed"}
+        settings = self._residence.settings.changed(config)
+        self._residence.configure(settings)
+        return settings
+
+    def get_cache_stats(self) -> dict[str, Any]:
+        """Return what the cache holds and has done.
+
+        Returns
+        -------
+        dict
+            ``hits``, ``misses``, ``hit_rate`` (None before the first request), ``loads``, ``restored`` (from a compressed
+            copy), ``load_failures``, ``load_seconds`` and ``age_at_eviction_seconds`` (``p50``, ``p95``), ``evictions`` by
+            cause, ``leases``, ``models`` and ``compressed`` (bytes by model digest), ``bytes`` of ``limit_bytes``,
+            ``limited_by``, and ``devices``: of each the bytes of models, loads, what is still being freed, and copies.
+
+        """
+        return self._residence.stats()
+
+    def prometheus(self) -> str:
+        """Return the same numbers in Prometheus's text format."""
+        return prometheus_text(self.get_cache_stats())
+
+    def _loaded(self, binding: Binding) -> CachedModel:
+        with self._residence.leased(binding):
+            return CachedModel(self, binding)
+
+    @contextmanager
+    def _leases(self, models: tuple[str | ModelInterface | ModelVersion, ...]) -> Iterator[list[Binding]]:
+        with ExitStack() as stack:
+            bindings = [self._bindings.of(model) for model in models]
+            for binding in bindings:
+                stack.enter_context(self._residence.leased(binding))
+            yield bindings
+
+
+class CachedModel(ModelInterface):
+    """A model that a `ModelCacheManager` holds. Each call keeps it loaded while it computes, and loads it again if it went.
+
+    Attributes
+    ----------
+    reference
+        ``NAME@vX.Y.Z``, or the name alone where it is not registered.
+
+    """
+
+    def __init__(self, cache: ModelCacheManager, binding: Binding) -> None:
+        super().__init__(binding.reference, cache._bindings.manager)  # noqa: SLF001 - one module, one thing
+        self.reference = binding.reference
+        self._cache, self._binding = cache, binding
+        self.__dict__["version"] = binding.version  # what was resolved, and not what the name may mean later
+
+    def fresh(self) -> Any:
+        """Open the weights anew."""
+        return self._binding.open()
+
+    def encoder(self, **options: str) -> Encoder:
+        """Return the encoder that the cache holds; until it is dropped, its bytes count, evicted or not."""
+        if not self._is_cached(options):
+            return super().encoder(**options)
+        with self._cache._residence.leased(self._binding) as resident:  # noqa: SLF001
+            resident.lent = True
+            return resident.encoder
+
+    @contextmanager
+    def _using(self, options: Mapping[str, str]) -> Iterator[Encoder]:
+        if not self._is_cached(options):
+            yield super().encoder(**options)
+            return
+        with self._cache._residence.leased(self._binding) as resident:  # noqa: SLF001
+            yield resident.encoder
+
+    def _is_cached(self, options: Mapping[str, str]) -> bool:
+        """Say whether options ask for what the cache holds: they say so, or leave it to the cache."""
+        held = self._cache._residence  # noqa: SLF001
+        known = {"precision": held.precision, "numerics": held.numerics, "device": held.device}
+        return all(known.get(name) == value for name, value in options.items())

@@ -1,0 +1,409 @@
+"""Models in one device's memory: loaded once however many ask, within a budget, and never let go while somebody computes.
+
+One lock guards the books. Loading, compressing and computing happen outside of it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Collection, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from proteus_pipeline.errors import CacheMemoryError, StorageError
+from proteus_pipeline.eviction.policies import make_policy
+from proteus_pipeline.models.encoder import Encoder, activation_bytes, make_encoder, weight_bytes
+from proteus_pipeline.models.memory import give_back, keep_large_arrays_apart
+from proteus_pipeline.serving.budget import Budget
+from proteus_pipeline.serving.compressed import Packed, measure
+from proteus_pipeline.serving.settings import CacheSettings
+from proteus_pipeline.serving.statistics import Counts
+
+if TYPE_CHECKING:
+    from proteus_pipeline.models.architecture import Architecture
+    from proteus_pipeline.serving.bindings import Binding
+
+_TICK = 0.05  # how often a load that waits for room looks again, seconds
+_FIRST_BACK_OFF, _LONGEST_BACK_OFF = 0.5, 30.0
+# A copy is kept compressed where unpacking it takes less than this share of what its source took.
+_WORTH = 0.8
+# Nothing here is unpacked faster, so that a sample need not be compressed to know that a source is: bytes a second.
+_FASTEST_UNPACKING = 4e9
+
+
+@dataclass(eq=False)
+class Resident:
+    """A model in memory.
+
+    Attributes
+    ----------
+    digest
+        Of the model.
+    encoder
+        The loaded model.
+    nbytes
+        Weights and room for activations, measured.
+    seconds
+        What its source took to load.
+    since
+        When it was loaded.
+    leases
+        How many are computing with it, or said they will.
+    lent
+        Whether its encoder itself was handed out, so that nobody knows who computes with it.
+
+    """
+
+    digest: str
+    encoder: Encoder
+    nbytes: int
+    seconds: float
+    since: float
+    leases: int = 0
+    lent: bool = False
+
+
+@dataclass(eq=False)
+class _Flight:
+    """A load under way, and how many wait for it: each of them is given a lease."""
+
+    done: Future[Resident] = field(default_factory=Future)
+    waiting: int = 0
+
+
+@dataclass(frozen=True)
+class _Failure:
+    error: Exception
+    until: float
+    pause: float
+
+
+class Residence:
+    """The models of one device; see `proteus_pipeline.ModelCacheManager` for what each verb promises."""
+
+    def __init__(self, settings: CacheSettings, *, device: str, precision: str, numerics: str) -> None:
+        self.device, self.precision, self.numerics = device, precision, numerics
+        self.settings = settings
+        self.counts = Counts()
+        keep_large_arrays_apart()
+        policy = make_policy(settings.eviction_policy, ttl=settings.ttl)
+        self._budget = Budget(*settings.limit(device), policy)
+        self._residents: dict[str, Resident] = {}
+        self._packed: dict[str, tuple[Packed, float]] = {}
+        self._flights: dict[str, _Flight] = {}
+        self._failed: dict[str, _Failure] = {}
+        self._changed = threading.Condition(threading.RLock())
+        # Filled as encoders are collected, in whichever thread and moment that happens: so without a lock.
+        self._gone: deque[int] = deque()
+        self._tokens = itertools.count()
+
+    def peek(self, digest: str) -> bool:
+        """Say whether a model is in memory, and count that as a request."""
+        with self._expiring():
+            found = digest in self._residents
+            if found:
+                self._use(digest)
+            else:
+                self.counts.misses += 1
+        return found
+
+    @contextmanager
+    def leased(self, binding: Binding) -> Iterator[Resident]:
+        """Load a model, unless it is here, and keep it here meanwhile.
+
+        Raises
+        ------
+        CacheMemoryError
+            When it is larger than the budget, or leases leave no room for it in time.
+        ProteusError
+            What its load raised.
+
+        """
+        resident = self._acquire(binding)
+        try:
+            yield resident
+        finally:
+            self._release(resident)
+
+    def drop(self, digests: Collection[str] | None, cause: str) -> int:
+        """Serve some models no more, or all; return how many were here. Their memory comes back with their last lease."""
+        with self._changed:
+            chosen = [d for d in self._residents if digests is None or d in digests]
+            for digest in [d for d in self._packed if digests is None or d in digests]:
+                self._drop_copy(digest)
+            removed = [self._remove(digest, cause) for digest in chosen]
+        return len(removed)
+
+    def configure(self, settings: CacheSettings) -> None:
+        """Apply settings, letting go what no longer fits.
+
+        Raises
+        ------
+        CacheMemoryError
+            When models in use do not fit; all stays as it was.
+
+        """
+        limit, limited_by = settings.limit(self.device)
+        policy = make_policy(settings.eviction_policy, ttl=settings.ttl)
+        with self._changed:
+            self._settle()
+            if (least := self._budget.least(self._in_use())) > limit:
+                raise CacheMemoryError(
+                    f"models in use take {_mb(least)}, and the new limit is {_mb(limit)}",
+                    "end their leases first, or set a larger limit; the old settings stand",
+                )
+            policy.take_over(self._budget.policy)
+            self._budget.policy, self._budget.limit, self._budget.limited_by = policy, limit, limited_by
+            self.settings = settings
+            for digest in list(self._packed) if not settings.compression else self._budget.dropped_copies(0):
+                self._drop_copy(digest)
+            removed = self._evict(0, "shrunk")
+        self._retire(removed, 0)
+
+    def stats(self) -> dict[str, Any]:
+        """Return counters, and bytes by device and kind."""
+        with self._expiring():
+            b = self._budget
+            return self.counts.as_mapping() | {
+                "leases": sum(r.leases for r in self._residents.values()),
+                "models": dict(b.held),
+                "compressed": dict(b.compressed),
+                "bytes": b.used,
+                "limit_bytes": b.limit,
+                "limited_by": b.limited_by,
+                "devices": {
+                    self.device: {
+                        "models_bytes": sum(b.held.values()),
+                        "loading_bytes": sum(b.reserved.values()),
+                        "freeing_bytes": sum(b.freeing.values()),
+                        "compressed_bytes": sum(b.compressed.values()),
+                        "limit_bytes": b.limit,
+                    }
+                },
+            }
+
+    @contextmanager
+    def _expiring(self) -> Iterator[None]:
+        """Hold the lock, with the books up to date and what is too old gone."""
+        with self._changed:
+            self._settle()
+            expired = self._budget.policy.expired(time.monotonic())
+            removed = [self._remove(d, "expired") for d in expired if d not in self._in_use()]
+        self._retire(removed, 0)
+        with self._changed:
+            self._settle()
+            yield
+
+    def _acquire(self, binding: Binding) -> Resident:
+        digest = binding.digest
+        with self._expiring():
+            resident = self._residents.get(digest)
+            if resident is not None:
+                self._use(digest)
+                resident.leases += 1
+                return resident
+            self.counts.misses += 1
+            flight = self._flights.get(digest)
+            mine = flight is None
+            if flight is None:
+                failed = self._failed.get(digest)
+                if failed and time.monotonic() < failed.until:
+                    raise failed.error
+                flight = self._flights[digest] = _Flight()
+            else:
+                flight.waiting += 1
+        return self._fly(binding, flight) if mine else self._wait(flight)
+
+    def _wait(self, flight: _Flight) -> Resident:
+        try:
+            return flight.done.result()
+        except KeyboardInterrupt:
+            with self._changed:
+                if flight.done.done() and not flight.done.exception():
+                    self._release(flight.done.result())  # the lease that was kept for this thread
+                else:
+                    flight.waiting -= 1
+            raise
+
+    def _fly(self, binding: Binding, flight: _Flight) -> Resident:
+        """Load a model for all who wait for it."""
+        digest = binding.digest
+        try:
+            encoder, seconds, restored = self._load(binding)
+        except BaseException as error:
+            told = error if isinstance(error, Exception) else StorageError(
+                f"the load of {binding.reference} was interrupted", "ask again"
+            )  # fmt: skip
+            with self._changed:
+                self._budget.reserved.pop(digest, None)
+                del self._flights[digest]
+                self.counts.failures += 1
+                if not isinstance(told, CacheMemoryError):  # there may be room a moment later
+                    before = self._failed.get(digest)
+                    pause = min(2 * before.pause, _LONGEST_BACK_OFF) if before else _FIRST_BACK_OFF
+                    self._failed[digest] = _Failure(told, time.monotonic() + pause, pause)
+                self._changed.notify_all()
+            flight.done.set_exception(told)
+            raise
+        with self._changed:
+            now = time.monotonic()
+            nbytes = encoder.nbytes + self._activations(encoder.architecture)
+            resident = Resident(digest, encoder, nbytes, seconds, now, 1 + flight.waiting)
+            self._budget.reserved.pop(digest, None)
+            self._budget.held[digest] = nbytes
+            self._budget.policy.added(digest, nbytes, seconds, now)
+            self._residents[digest] = resident
+            del self._flights[digest]
+            self._failed.pop(digest, None)
+            self.counts.restored += restored
+            self.counts.loads += not restored
+            removed = self._evict(0, "room")  # it may be a little larger than was thought
+        flight.done.set_result(resident)
+        self._retire(removed, 0)
+        return resident
+
+    def _load(self, binding: Binding) -> tuple[Encoder, float, bool]:
+        """Return an encoder, what its source took to load, and whether it was a compressed copy."""
+        began = time.perf_counter()
+        with self._changed:
+            packed, seconds = self._packed.pop(binding.digest, (None, 0.0))
+            kept = self._budget.compressed.pop(binding.digest, 0)
+        if packed is not None:
+            self._make_room(binding, packed.raw_bytes + self._activations(packed.architecture) + kept)
+            encoder: Encoder = packed.unpack()
+        else:
+            checkpoint = binding.open()
+            need = weight_bytes(checkpoint.architecture, self.precision) + self._activations(checkpoint.architecture)
+            self._make_room(binding, need + checkpoint.nbytes)
+            encoder = make_encoder(checkpoint, precision=self.precision, numerics=self.numerics, device=self.device)
+            seconds = time.perf_counter() - began
+        self.counts.load_seconds.append(time.perf_counter() - began)
+        return encoder, seconds, packed is not None
+
+    def _make_room(self, binding: Binding, need: int) -> None:
+        """Reserve bytes for a load, letting go what has to go, and waiting for what is in use."""
+        deadline = time.monotonic() + self.settings.patience
+        while True:
+            with self._changed:
+                self._settle()
+                b = self._budget
+                if need > b.limit:
+                    raise CacheMemoryError(
+                        f"{binding.reference} takes {_mb(need)}, and the limit is {_mb(b.limit)} ({b.limited_by})",
+                        f"set max_memory_gb to {need / 1e9:.3g} or more, or precision to bf16",
+                    )
+                removed: list[Resident] = []
+                if b.least(self._in_use()) + need <= b.limit:
+                    for digest in b.dropped_copies(need):
+                        self._drop_copy(digest)
+                    removed = self._evict(need, "room")
+                    if b.used + need <= b.limit:
+                        b.reserved[binding.digest] = need
+                        return
+                elif time.monotonic() > deadline:
+                    raise self._no_room(binding, need)
+                else:
+                    self._changed.wait(_TICK)
+            self._retire(removed, need)
+
+    def _no_room(self, binding: Binding, need: int) -> CacheMemoryError:
+        b, in_use = self._budget, sum(self._budget.held[digest] for digest in self._in_use())
+        taken = [
+            ("in use", in_use),
+            ("being loaded", sum(b.reserved.values())),
+            ("let go and still held", sum(b.freeing.values())),
+        ]
+        said = ", ".join(f"{_mb(count)} {what}" for what, count in taken if count)
+        return CacheMemoryError(
+            f"{binding.reference} takes {_mb(need)}, and of {_mb(b.limit)} there are {said}",
+            "end a lease, drop encoders that were asked for by themselves, or set a larger max_memory_gb",
+        )
+
+    def _release(self, resident: Resident) -> None:
+        with self._changed:
+            resident.leases -= 1
+            removed = self._evict(0, "shrunk") if not resident.leases else []
+            self._changed.notify_all()
+        self._retire(removed, 0)
+
+    def _use(self, digest: str) -> None:
+        self.counts.hits += 1
+        self._budget.policy.used(digest, time.monotonic())
+
+    def _in_use(self) -> set[str]:
+        return {digest for digest, resident in self._residents.items() if resident.leases}
+
+    def _evict(self, need: int, cause: str) -> list[Resident]:
+        now = time.monotonic()
+        expired = set(self._budget.policy.expired(now))
+        chosen = self._budget.evictions(need, now, self._in_use())
+        return [self._remove(digest, "expired" if digest in expired else cause) for digest in chosen]
+
+    def _remove(self, digest: str, cause: str) -> Resident:
+        """Serve a model no more; its bytes count until the last who computes with it is done."""
+        resident = self._residents.pop(digest)
+        forget = self._budget.policy.removed if cause in {"invalidated", "cleared"} else self._budget.policy.evicted
+        forget(digest)
+        token = next(self._tokens)
+        self._budget.freeing[token] = self._budget.held.pop(digest)
+        weakref.finalize(resident.encoder, partial(self._gone.append, token)).atexit = False
+        self.counts.evictions[cause] += 1
+        self.counts.ages.append(time.monotonic() - resident.since)
+        return resident
+
+    def _settle(self) -> None:
+        """Enter in the books what was collected."""
+        while self._gone:
+            self._budget.freeing.pop(self._gone.popleft(), None)
+
+    def _retire(self, removed: list[Resident], need: int) -> None:
+        """Let go of models, and keep compressed those that are worth it; nothing else here holds them."""
+        if not removed:
+            return
+        while removed:
+            resident = removed.pop()
+            if self._is_worth_packing(resident, need):
+                digest, seconds = resident.digest, resident.seconds
+                packed = Packed(resident.encoder, resident.encoder.architecture)
+                del resident  # its bytes are off the books before the copy's are on them
+                with self._changed:
+                    self._settle()
+                    # Others may have loaded meanwhile: then there is no room for a copy any more.
+                    if self._budget.used + need + packed.nbytes <= self._budget.limit:
+                        self._packed[digest] = packed, seconds
+                        self._budget.compressed[digest] = packed.nbytes
+        give_back()
+
+    def _is_worth_packing(self, resident: Resident, need: int) -> bool:
+        """Say whether a copy would be unpacked sooner than its source is loaded, as measured, and has room beside `need`."""
+        usable = self.settings.compression and self.device == "cpu" and not resident.leases and not resident.lent
+        if not usable or resident.seconds * _FASTEST_UNPACKING < resident.nbytes:
+            return False
+        share, seconds_a_byte = measure(resident.encoder)
+        if seconds_a_byte * resident.nbytes > _WORTH * resident.seconds:
+            return False
+        with self._changed:
+            self._settle()
+            after = self._budget.used - resident.nbytes + need + int(share * resident.nbytes)
+            return after <= self._budget.limit and resident.digest not in self._residents
+
+    def _drop_copy(self, digest: str) -> None:
+        self._packed.pop(digest, None)
+        self._budget.compressed.pop(digest, None)
+
+    def _activations(self, architecture: Architecture) -> int:
+        import torch
+
+        threads = torch.get_num_threads() if self.device == "cpu" else 1
+        return activation_bytes(architecture, self.settings.activation_tokens, threads)
+
+
+def _mb(count: int) -> str:
+    return f"{count / 1e6:,.0f} MB" if count >= 1e8 else f"{count / 1e6:.3g} MB"

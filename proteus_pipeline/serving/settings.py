@@ -1,0 +1,122 @@
+"""How a `proteus_pipeline.ModelCacheManager` is set, each value checked by its name and range."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from proteus_pipeline.errors import ConfigError
+from proteus_pipeline.eviction.policies import DEFAULT_POLICY, make_policy
+
+GB = 10**9
+# The control group's limit on this process's memory: version 2's file, and version 1's.
+_CGROUP = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+
+
+@dataclass(frozen=True)
+class CacheSettings:
+    """What `update_cache_config` may change.
+
+    Attributes
+    ----------
+    max_memory_gb
+        What models may take of this machine's memory, in 10^9 bytes; a control group's limit caps it.
+    max_gpu_memory_gb
+        The same of each GPU; None for nine tenths of what it has.
+    eviction_policy
+        ``lru``, ``lfu``, ``fifo``, ``ttl`` or ``cost``.
+    ttl
+        Seconds, for ``ttl``.
+    compression
+        Whether a version that is evicted is kept compressed, where that is faster to bring back than its source.
+    patience
+        For how many seconds a load waits for room that leases hold.
+    activation_tokens
+        Tokens of one batch, for which room is kept beside each model's weights; 0 for none.
+
+    Raises
+    ------
+    ConfigError
+        For a value that is out of range, with the range.
+
+    """
+
+    max_memory_gb: float = 4
+    max_gpu_memory_gb: float | None = None
+    eviction_policy: str = DEFAULT_POLICY
+    ttl: float | None = None
+    compression: bool = True
+    patience: float = 10.0
+    activation_tokens: int = 2048
+
+    def __post_init__(self) -> None:
+        _check_number("max_memory_gb", self.max_memory_gb, above=0)
+        if self.max_gpu_memory_gb is not None:
+            _check_number("max_gpu_memory_gb", self.max_gpu_memory_gb, above=0)
+        _check_number("patience", self.patience)
+        if not isinstance(self.compression, bool):
+            raise ConfigError(f"compression is {self.compression!r}", "use True or False")
+        if isinstance(self.activation_tokens, bool) or not isinstance(self.activation_tokens, int):
+            raise ConfigError(f"activation_tokens is {self.activation_tokens!r}", "use a whole number, 0 or more")
+        _check_number("activation_tokens", self.activation_tokens)
+        make_policy(self.eviction_policy, ttl=self.ttl)
+
+    def changed(self, config: Mapping[str, Any]) -> CacheSettings:
+        """Return settings with some values changed; nothing is changed where one of them is wrong.
+
+        A `ttl` is forgotten with the policy it belongs to.
+
+        Raises
+        ------
+        ConfigError
+            For something else than a mapping, an unknown name, or a value out of range.
+
+        """
+        if not isinstance(config, Mapping):
+            raise ConfigError(f"a configuration is a mapping, and not {config!r}", "give {'max_memory_gb': 8}, say")
+        known = [field.name for field in fields(self)]
+        for name in config:
+            if name not in known:
+                raise ConfigError(f"{name!r} is no setting of a model cache", f"use one of {', '.join(known)}")
+        values = dict(config)
+        if values.get("eviction_policy", self.eviction_policy) != "ttl":
+            values.setdefault("ttl", None)
+        return replace(self, **values)
+
+    def host_limit(self) -> tuple[int, str]:
+        """Return the bytes of this machine's memory that models may take, and what sets that limit."""
+        wanted = int(self.max_memory_gb * GB)
+        cap = cgroup_limit()
+        return (cap, "cgroup") if cap is not None and cap < wanted else (wanted, "max_memory_gb")
+
+    def limit(self, device: str) -> tuple[int, str]:
+        """Return the bytes that models may take of a device's memory, and what sets that limit."""
+        if device == "cpu":
+            return self.host_limit()
+        if self.max_gpu_memory_gb is not None:
+            return int(self.max_gpu_memory_gb * GB), "max_gpu_memory_gb"
+        import torch
+
+        return int(torch.cuda.get_device_properties(device).total_memory * 0.9), "nine tenths of the GPU"
+
+
+def cgroup_limit() -> int | None:
+    """Return the bytes that a control group leaves to this process, or None where there is no limit."""
+    for path in _CGROUP:
+        try:
+            text = path.read_text().strip()
+        except OSError:
+            continue
+        # Version 1 says "no limit" by a number near 2^63.
+        return int(text) if text.isdigit() and int(text) < 1 << 60 else None
+    return None
+
+
+def _check_number(name: str, value: object, *, above: float | None = None) -> None:
+    number = not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value)
+    if not number or (value <= above if above is not None else value < 0):  # type: ignore[operator]
+        wanted = f"a number above {above}" if above is not None else "a number, 0 or more"
+        raise ConfigError(f"{name} is {value!r}", f"use {wanted}")
