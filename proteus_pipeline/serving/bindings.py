@@ -14,6 +14,7 @@ from proteus_pipeline.registry.versions import ModelVersionManager
 from proteus_pipeline.serving.interface import ModelInterface
 
 if TYPE_CHECKING:
+    from proteus_pipeline.models.architecture import Architecture
     from proteus_pipeline.models.checkpoint import Checkpoint
 
 
@@ -29,6 +30,8 @@ class Binding:
         The model digest: two names of the same weights share what is loaded.
     open
         Opens the weights anew.
+    architecture
+        Theirs; asked for once they are wanted.
     version
         The registered version, or None.
 
@@ -37,6 +40,7 @@ class Binding:
     reference: str
     digest: str
     open: Callable[[], Checkpoint]
+    architecture: Callable[[], Architecture]
     version: ModelVersion | None = None
 
 
@@ -152,11 +156,12 @@ class Bindings:
         return version
 
     def _enter(self, model: ModelInterface) -> Binding:
-        binding = Binding(model.name, model.checkpoint.model_digest, model.fresh)
+        architecture = model.architecture
+        binding = Binding(model.name, model.checkpoint.model_digest, model.fresh, lambda: architecture)
         self._loose[model.name] = binding
         return binding
 
 
 def _registered(version: ModelVersion) -> Binding:
     digest = version.record.model_digest if version.record else version.checkpoint.model_digest
-    return Binding(version.reference, digest, version.fresh, version)
+    return Binding(version.reference, digest, version.fresh, lambda: version.checkpoint.architecture, version)

@@ -41,16 +41,28 @@ class Budget:
     freeing: dict[int, int] = field(default_factory=dict)
     compressed: dict[str, int] = field(default_factory=dict)
 
+    def by_kind(self) -> dict[str, int]:
+        """Return the bytes that count against the limit, by what they are for."""
+        return {
+            "models": sum(self.held.values()),
+            "loading": sum(self.reserved.values()),
+            "freeing": sum(self.freeing.values()),
+            "compressed": sum(self.compressed.values()),
+        }
+
     @property
     def used(self) -> int:
         """Bytes that count against the limit."""
-        parts = (self.held, self.reserved, self.freeing, self.compressed)
-        return sum(sum(part.values()) for part in parts)
+        return sum(self.by_kind().values())
 
     def least(self, leased: Collection[str]) -> int:
         """Return the bytes that would still count if all went that may go."""
-        kept = sum(self.held[key] for key in leased if key in self.held)
-        return kept + sum(self.reserved.values()) + sum(self.freeing.values())
+        kinds = self.by_kind()
+        return self.in_use(leased) + kinds["loading"] + kinds["freeing"]
+
+    def in_use(self, leased: Collection[str]) -> int:
+        """Return the bytes of the models that are leased."""
+        return sum(self.held[key] for key in leased)
 
     def dropped_copies(self, more: int) -> list[str]:
         """Return the compressed copies, the oldest first, that have to go so that `more` bytes fit, before any model goes."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from proteus_pipeline.errors import ConfigError, IntegrityError, SequenceError, StorageError, VersionNotFoundError
 from proteus_pipeline.identity.names import Reference, Version, check_name
-from proteus_pipeline.models.architecture import resolve_layer
+from proteus_pipeline.models.architecture import Architecture, resolve_layer
 from proteus_pipeline.models.encoder import Encoded, Encoder, Outputs, make_encoder
 from proteus_pipeline.models.pooling import POOLINGS, finite, pool
 from proteus_pipeline.registry.places import registry_home
@@ -92,6 +92,11 @@ class ModelInterface:
 
         """
         return self.version.checkpoint if self.version is not None else self.fresh()
+
+    @property
+    def architecture(self) -> Architecture:
+        """The weights' architecture; errors as `checkpoint`."""
+        return self.checkpoint.architecture
 
     def fresh(self) -> Checkpoint:
         """Open the weights anew, as `checkpoint` does once: what it returns is nobody else's."""
@@ -178,7 +183,7 @@ class ModelInterface:
 
         """
         read = _normalised(sequences, "embed")
-        index = resolve_layer(layer, self.checkpoint.architecture.layers)
+        index = resolve_layer(layer, self.architecture.layers)
         if pooling not in POOLINGS:
             raise ConfigError(f"pooling is {pooling!r}", f"use one of {', '.join(POOLINGS)}")
         outputs = Outputs.to_pool(index, pooling)

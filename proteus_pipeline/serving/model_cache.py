@@ -18,6 +18,8 @@ from proteus_pipeline.serving.settings import CacheSettings
 from proteus_pipeline.serving.statistics import prometheus_text
 
 if TYPE_CHECKING:
+    from proteus_pipeline.models.architecture import Architecture
+    from proteus_pipeline.models.checkpoint import Checkpoint
     from proteus_pipeline.registry.version import ModelVersion
     from proteus_pipeline.registry.versions import ModelVersionManager
 
@@ -91,7 +93,7 @@ class ModelCacheManager:
         self._bindings = Bindings(version_manager)
 
     def cache_model(self, model: ModelInterface | ModelVersion) -> CachedModel:
-        """Load a model and keep it, as the next name of a version, or by its own name where it is not registered.
+        """Load a model and keep it: a registered one as its version, any other by its name.
 
         Raises
         ------
@@ -281,7 +283,12 @@ class CachedModel(ModelInterface):
         self._cache, self._binding = cache, binding
         self.__dict__["version"] = binding.version  # what was resolved, and not what the name may mean later
 
-    def fresh(self) -> Any:
+    @property
+    def architecture(self) -> Architecture:
+        """The weights' architecture, for which a file that can't be mapped is not read again."""
+        return self._binding.architecture()
+
+    def fresh(self) -> Checkpoint:
         """Open the weights anew."""
         return self._binding.open()
 

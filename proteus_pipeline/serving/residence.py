@@ -179,13 +179,8 @@ class Residence:
                 "limit_bytes": b.limit,
                 "limited_by": b.limited_by,
                 "devices": {
-                    self.device: {
-                        "models_bytes": sum(b.held.values()),
-                        "loading_bytes": sum(b.reserved.values()),
-                        "freeing_bytes": sum(b.freeing.values()),
-                        "compressed_bytes": sum(b.compressed.values()),
-                        "limit_bytes": b.limit,
-                    }
+                    self.device: {f"{kind}_bytes": count for kind, count in b.by_kind().items()}
+                    | {"limit_bytes": b.limit}
                 },
             }
 
@@ -193,9 +188,8 @@ class Residence:
     def _expiring(self) -> Iterator[None]:
         """Hold the lock, with the books up to date and what is too old gone."""
         with self._changed:
-            self._settle()
-            expired = self._budget.policy.expired(time.monotonic())
-            removed = [self._remove(d, "expired") for d in expired if d not in self._in_use()]
+            expired, in_use = self._budget.policy.expired(time.monotonic()), self._in_use()
+            removed = [self._remove(digest, "expired") for digest in expired if digest not in in_use]
         self._retire(removed, 0)
         with self._changed:
             self._settle()
@@ -314,11 +308,11 @@ class Residence:
             self._retire(removed, need)
 
     def _no_room(self, binding: Binding, need: int) -> CacheMemoryError:
-        b, in_use = self._budget, sum(self._budget.held[digest] for digest in self._in_use())
+        b, kinds = self._budget, self._budget.by_kind()
         taken = [
-            ("in use", in_use),
-            ("being loaded", sum(b.reserved.values())),
-            ("let go and still held", sum(b.freeing.values())),
+            ("in use", b.in_use(self._in_use())),
+            ("being loaded", kinds["loading"]),
+            ("let go and still held", kinds["freeing"]),
         ]
         said = ", ".join(f"{_mb(count)} {what}" for what, count in taken if count)
         return CacheMemoryError(

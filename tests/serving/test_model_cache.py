@@ -23,6 +23,7 @@ from proteus_pipeline.errors import (
     StorageError,
     VersionNotFoundError,
 )
+from proteus_pipeline.models import reading
 from proteus_pipeline.models.encoder import activation_bytes, weight_bytes
 from proteus_pipeline.models.folder import write_folder
 from proteus_pipeline.serving import residence
@@ -468,3 +469,14 @@ def test_packed_refs_are_seen(cache: ModelCacheManager, registry: ModelVersionMa
     assert cache.get_cached_model("m") is not None
     registry.rollback("m", "1.0.0")
     assert cache.get_cached_model("m") is None
+
+
+def test_unregistered_weights_that_are_loaded_are_not_read_again_to_compute(
+    cache: ModelCacheManager, registry: ModelVersionManager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    write_folder(make_checkpoint(seed=6), tmp_path / "new")
+    cache.cache_model(ModelInterface("new", registry, weights=tmp_path / "new"))
+    monkeypatch.setattr(reading, "read_checkpoint", lambda _: pytest.fail("the file was read"))
+    found = cache.get_cached_model("new")
+    assert found is not None
+    assert found.embed([PROTEIN])[0].shape == (32,)
