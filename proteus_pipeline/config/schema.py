@@ -54,6 +54,7 @@ class RuntimeSettings:
     device: str = MISSING
     threads: int | None = None
     tokens_per_batch: int = MISSING
+    max_memory_gb: float | None = None
 
 
 @dataclass

@@ -19,7 +19,7 @@ from proteus_pipeline.embeddings.publication import Publication
 from proteus_pipeline.embeddings.recipe import Recipe, windows
 from proteus_pipeline.embeddings.stored import to_stored
 from proteus_pipeline.errors import StorageError
-from proteus_pipeline.models.encoder import Outputs
+from proteus_pipeline.models.encoder import TOKENS_PER_BATCH, Outputs
 from proteus_pipeline.models.memory import give_back, keep_large_arrays_apart
 from proteus_pipeline.models.pooling import finite, pool, pool_residues
 
@@ -321,7 +321,7 @@ def _giving_back(results: Iterator[Computed]) -> Iterator[Computed]:
 
 
 def compute(
-    encoder: Encoder, recipe: Recipe, sequences: Mapping[str, str], token_budget: int = 2048
+    encoder: Encoder, recipe: Recipe, sequences: Mapping[str, str], token_budget: int = TOKENS_PER_BATCH
 ) -> Iterator[Computed]:
     """Yield each sequence's embedding, in its stored dtype, as soon as its last window is done; no cache is asked.
 

@@ -15,6 +15,7 @@ from proteus_pipeline.embeddings.index import Attestation, now
 from proteus_pipeline.embeddings.leases import Lease
 from proteus_pipeline.embeddings.publication import Publication
 from proteus_pipeline.embeddings.recipe import Recipe
+from proteus_pipeline.models.encoder import TOKENS_PER_BATCH
 
 if TYPE_CHECKING:
     from proteus_pipeline.embeddings.visible import Entry
@@ -65,7 +66,7 @@ def embed(
     cache: EmbeddingCache,
     encoder: Callable[[], Encoder],
     attest: Callable[[], tuple[str, str]],
-    token_budget: int = 2048,
+    token_budget: int = TOKENS_PER_BATCH,
     progress: Progress | None = None,
 ) -> Outcome:
     """Make sure that the cache holds the embedding of every sequence.

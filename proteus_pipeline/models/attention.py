@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     import torch
 
 # Probabilities of one layer are (heads, L, L) fp32; where they are asked for, they are made for so many bytes of heads at once.
-_PROBABILITY_BYTES = 64 << 20
+PROBABILITY_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def probabilities(heads: Heads, qkv: torch.Tensor) -> Iterator[tuple[int, torch.
 
     q, k, _ = heads.split(qkv)
     length = qkv.shape[0]
-    step = max(1, _PROBABILITY_BYTES // (4 * length * length))
+    step = max(1, PROBABILITY_BYTES // (4 * length * length))
     for first in range(0, heads.count, step):
         some = slice(first, first + step)
         # As F.scaled_dot_product_attention does: the scale on the products, the softmax in fp32.

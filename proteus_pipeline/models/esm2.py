@@ -28,10 +28,10 @@ from proteus_pipeline.errors import CacheMemoryError, ConfigError, ModelError
 from proteus_pipeline.models.attention import attend, attend_together, probabilities
 from proteus_pipeline.models.blocks import Arithmetic, Batch, Block
 from proteus_pipeline.models.checkpoint import EMBEDDING, Checkpoint
-from proteus_pipeline.models.encoder import Encoded, Outputs
+from proteus_pipeline.models.encoder import ROW_TILE, TOKENS_PER_BATCH, Encoded, Outputs
 from proteus_pipeline.models.heads import ContactHead, LanguageHead
 from proteus_pipeline.models.plan import plan_batches
-from proteus_pipeline.models.workers import Share, Workers, in_turn, workers
+from proteus_pipeline.models.workers import Share, Workers, in_turn, thread_count, workers
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 
     from proteus_pipeline.models.architecture import Architecture
 
-ROW_TILE = 256  # rows of a tile: 256 wastes little on short jobs, and a tile of 8M's widest matrix is 1.3 MB
 _BATCHES_EACH = 4
 _LEAST_TOKENS = 2 * ROW_TILE
 _TABLE_ROWS = 1024  # of a rotary table, at least
@@ -95,18 +94,16 @@ class Esm2Encoder:
         return ContactHead(self._heads_of, self.device)
 
     def encode(
-        self, sequences: Sequence[str], layers: Sequence[int], token_budget: int = 2048
+        self, sequences: Sequence[str], layers: Sequence[int], token_budget: int = TOKENS_PER_BATCH
     ) -> Iterator[tuple[int, dict[int, NDArray[np.float32]]]]:
         """Yield each sequence's index and its (L + 2, D) fp32 hidden states by layer."""
         for index, encoded in self.compute(sequences, Outputs(layers=tuple(layers)), token_budget):
             yield index, encoded.hidden
 
     def compute(
-        self, sequences: Sequence[str], outputs: Outputs, token_budget: int = 2048
+        self, sequences: Sequence[str], outputs: Outputs, token_budget: int = TOKENS_PER_BATCH
     ) -> Iterator[tuple[int, Encoded]]:
         """Yield each sequence's index and its outputs; see `proteus_pipeline.models.encoder.Encoder`."""
-        import torch
-
         depth = self.architecture.layers
         if not all(0 <= n <= depth for n in outputs.layers) or not all(0 < n <= depth for n in outputs.received):
             raise ConfigError(f"{outputs} asks for a layer that is not there", f"the model has layers 0 to {depth}")
@@ -122,7 +119,7 @@ class Esm2Encoder:
             for batch in plan_batches(lengths, token_budget):
                 yield from run(in_turn, batch)
             return
-        count = torch.get_num_threads()
+        count = thread_count()
         # Several batches for each thread, where there is work for that: the threads end at about the same time.
         share = -(-sum(lengths) // (_BATCHES_EACH * count * ROW_TILE)) * ROW_TILE
         batches = plan_batches(lengths, min(token_budget, max(share, _LEAST_TOKENS)))

@@ -6,9 +6,10 @@ A product's bits are those of its shape: in strict numerics, all are taken over 
 from __future__ import annotations
 
 import platform
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
-from proteus_pipeline.models.workers import one_thread
+from proteus_pipeline.models.workers import with_one_thread
 
 if TYPE_CHECKING:
     import torch
@@ -92,8 +93,8 @@ class PackedBf16Product:
         import torch
 
         # The threads that multiply have one thread each, and a layout may be chosen by how many there are.
-        with one_thread():
-            packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, self._rows)  # noqa: SLF001 - no public name
+        pack = torch.ops.mkldnn._reorder_linear_weight  # noqa: SLF001 - no public name
+        packed: torch.Tensor = with_one_thread(partial(pack, weight, self._rows))
         return packed
 
     def __getstate__(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ each takes whole batches, or whole tiles of one.
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -54,17 +55,46 @@ class Workers:
                 future.cancel()
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Let torch use one thread, and afterwards as many as before."""
-    import torch
+class _Threads:
+    """How many threads torch has; the calls under way, which each compute with one, have them together.
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    What a thread sets is MKL's number in all of them, and what a new thread starts with: were it raised again as one call
+    ends, others would multiply with more threads than one.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._calls, self._before = 0, 1
+
+    def count(self) -> int:
+        import torch
+
+        with self._lock:
+            return self._before if self._calls else torch.get_num_threads()
+
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        import torch
+
+        with self._lock:
+            if not self._calls:
+                self._before = torch.get_num_threads()
+            self._calls += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._calls -= 1
+                if not self._calls:
+                    torch.set_num_threads(self._before)
+
+
+_threads = _Threads()
+
+
+def thread_count() -> int:
+    """Return how many threads a call may use: torch's number, as it was before the calls that are under way."""
+    return _threads.count()
 
 
 @contextmanager
@@ -72,13 +102,18 @@ def workers(count: int) -> Iterator[Workers]:
     """Start `count` threads, and afterwards leave torch with as many of its own as it had."""
     import torch
 
-    before = torch.get_num_threads()
-    pool = ThreadPoolExecutor(count, "encoder", initializer=partial(torch.set_num_threads, 1))
-    try:
-        yield Workers(pool, count)
-    finally:
-        pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(before)  # what a thread sets is MKL's number in all of them
+    with _threads.taken():
+        pool = ThreadPoolExecutor(count, "encoder", initializer=partial(torch.set_num_threads, 1))
+        try:
+            yield Workers(pool, count)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def with_one_thread(function: Callable[[], R]) -> R:
+    """Return a function's result, for which torch used one thread."""
+    with workers(1) as pool:
+        return next(pool.ahead(lambda _: function(), (None,)))
 
 
 def _inferring(function: Callable[[], R]) -> R:

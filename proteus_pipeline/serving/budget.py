@@ -8,8 +8,32 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
+from proteus_pipeline.errors import CacheMemoryError
 from proteus_pipeline.eviction.budget import to_evict
 from proteus_pipeline.eviction.policies import Policy
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What somebody asks room for, in bytes.
+
+    Attributes
+    ----------
+    load
+        Weights of a model to come.
+    room
+        What a usual call with that model takes.
+    call
+        A call that is about to begin.
+
+    """
+
+    load: int = 0
+    room: int = 0
+    call: int = 0
+
+
+NOTHING = Wanted()
 
 
 @dataclass
@@ -23,9 +47,14 @@ class Budget:
     policy
         The books of what is held, by key.
     held
-        Bytes of each model that is served, weights and room for a call's activations.
+        Bytes of the weights of each model that is served.
     reserved
         Bytes that loads under way have been given.
+    rooms
+        What a usual call takes with each model that is held or being loaded. Room for the largest of them is kept, so that one
+        call can always begin; more than one at a time have to find room.
+    calls
+        Bytes that calls under way take.
     freeing
         Bytes of models that were let go, and that somebody still computes with.
     compressed
@@ -38,35 +67,39 @@ class Budget:
     policy: Policy[str]
     held: dict[str, int] = field(default_factory=dict)
     reserved: dict[str, int] = field(default_factory=dict)
+    rooms: dict[str, int] = field(default_factory=dict)
+    calls: dict[int, int] = field(default_factory=dict)
     freeing: dict[int, int] = field(default_factory=dict)
     compressed: dict[str, int] = field(default_factory=dict)
 
-    def by_kind(self) -> dict[str, int]:
-        """Return the bytes that count against the limit, by what they are for."""
+    def by_kind(self, wanted: Wanted = NOTHING, kept: Collection[str] | None = None) -> dict[str, int]:
+        """Return the bytes that count against the limit, by what they are for.
+
+        Parameters
+        ----------
+        wanted
+            What is there too.
+        kept
+            The only models that are there, without compressed copies; None for what there is.
+
+        """
+        held = self.held if kept is None else kept
+        rooms = (self.rooms[key] for key in (*held, *self.reserved))
         return {
-            "models": sum(self.held.values()),
-            "loading": sum(self.reserved.values()),
+            "models": sum(self.held[key] for key in held),
+            "loading": sum(self.reserved.values()) + wanted.load,
+            "calls": max(sum(self.calls.values()) + wanted.call, wanted.room, *rooms),
             "freeing": sum(self.freeing.values()),
-            "compressed": sum(self.compressed.values()),
+            "compressed": sum(self.compressed.values()) if kept is None else 0,
         }
 
-    @property
-    def used(self) -> int:
-        """Bytes that count against the limit."""
-        return sum(self.by_kind().values())
+    def total(self, wanted: Wanted = NOTHING, kept: Collection[str] | None = None) -> int:
+        """Return the bytes that count against the limit: the sum of `by_kind`."""
+        return sum(self.by_kind(wanted, kept).values())
 
-    def least(self, leased: Collection[str]) -> int:
-        """Return the bytes that would still count if all went that may go."""
-        kinds = self.by_kind()
-        return self.in_use(leased) + kinds["loading"] + kinds["freeing"]
-
-    def in_use(self, leased: Collection[str]) -> int:
-        """Return the bytes of the models that are leased."""
-        return sum(self.held[key] for key in leased)
-
-    def dropped_copies(self, more: int) -> list[str]:
-        """Return the compressed copies, the oldest first, that have to go so that `more` bytes fit, before any model goes."""
-        over = self.used + more - self.limit
+    def dropped_copies(self, wanted: Wanted) -> list[str]:
+        """Return the compressed copies, the oldest first, that have to go for what is wanted, before any model goes."""
+        over = self.total(wanted) - self.limit
         chosen = []
         for key, size in self.compressed.items():
             if over <= 0:
@@ -75,6 +108,38 @@ class Budget:
             over -= size
         return chosen
 
-    def evictions(self, more: int, time: float, leased: Collection[str]) -> list[str]:
-        """Return the models that have to go so that `more` bytes fit, and those that have expired, in their order."""
-        return to_evict(self.policy, self.used + more, self.limit, time=time, protected=leased)
+    def evictions(self, wanted: Wanted, time: float, leased: Collection[str]) -> list[str]:
+        """Return the models that have to go for what is wanted, and those that have expired, in their order."""
+        return to_evict(self.policy, self.total(wanted), self.limit, time=time, protected=leased)
+
+    def too_large(self, what: str, alone: int) -> CacheMemoryError:
+        """Return what is said of something that would have no room if there were nothing else; `alone` is what it takes."""
+        return CacheMemoryError(
+            f"{what}, and the limit is {megabytes(self.limit)} ({self.limited_by})",
+            f"set max_memory_gb to {alone / 1e9:.3g} or more, give shorter sequences, use a smaller tokens_per_batch, or"
+            " precision bf16",
+        )
+
+    def no_room(self, what: str, leased: Collection[str]) -> CacheMemoryError:
+        """Return what is said of something for which nothing more can go."""
+        kinds = self.by_kind(kept=leased)
+        names = {
+            "models": "in use",
+            "loading": "being loaded",
+            "calls": "for calls",
+            "freeing": "let go and still held",
+        }
+        taken = ", ".join(f"{megabytes(kinds[kind])} {name}" for kind, name in names.items() if kinds[kind])
+        return CacheMemoryError(
+            f"{what}, and of {megabytes(self.limit)} there are {taken}",
+            "end a lease, drop encoders that were asked for by themselves, or set a larger max_memory_gb",
+        )
+
+
+def megabytes(count: int) -> str:
+    """Return bytes as they are said in an error.
+
+    >>> megabytes(237_440), megabytes(2_604_000_000)
+    ('0.237 MB', '2,604 MB')
+    """
+    return f"{count / 1e6:,.0f} MB" if count >= 1e8 else f"{count / 1e6:.3g} MB"

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from proteus_pipeline.errors import ConfigError, IntegrityError, SequenceError, StorageError, VersionNotFoundError
 from proteus_pipeline.identity.names import Reference, Version, check_name
 from proteus_pipeline.models.architecture import Architecture, resolve_layer
-from proteus_pipeline.models.encoder import Encoded, Encoder, Outputs, make_encoder
+from proteus_pipeline.models.encoder import TOKENS_PER_BATCH, Encoded, Encoder, Outputs, make_encoder
 from proteus_pipeline.models.pooling import POOLINGS, finite, pool
 from proteus_pipeline.registry.places import registry_home
 from proteus_pipeline.registry.version import ModelVersion
@@ -47,6 +48,8 @@ class ModelInterface:
         When the name breaks the grammar.
 
     """
+
+    _precision = "fp32"  # what calls compute in that don't say
 
     def __init__(
         self, name: str, version_manager: ModelVersionManager | None = None, *, weights: str | Path | None = None
@@ -187,10 +190,7 @@ class ModelInterface:
         if pooling not in POOLINGS:
             raise ConfigError(f"pooling is {pooling!r}", f"use one of {', '.join(POOLINGS)}")
         outputs = Outputs.to_pool(index, pooling)
-        return [
-            finite(pool(e.hidden[index], pooling, e.received.get(index)), options.get("precision", "fp32"))
-            for e in self._compute(read, outputs, options)
-        ]
+        return self._compute(read, outputs, options, lambda e: pool(e.hidden[index], pooling, e.received.get(index)))
 
     def logits(self, sequences: Sequence[str], **options: str) -> list[NDArray[np.float32]]:
         """Compute the language-model head's logits.
@@ -213,8 +213,7 @@ class ModelInterface:
             As `embed`.
 
         """
-        found = self._compute(_normalised(sequences, "logits"), Outputs(logits=True), options)
-        return [finite(e.logits, options.get("precision", "fp32")) for e in found if e.logits is not None]
+        return self._compute(_normalised(sequences, "logits"), Outputs(logits=True), options, attrgetter("logits"))
 
     def contacts(self, sequences: Sequence[str], **options: str) -> list[NDArray[np.float32]]:
         """Predict contacts, layer by layer: no more than some heads' attention maps are in memory at once.
@@ -237,18 +236,31 @@ class ModelInterface:
             As `embed`.
 
         """
-        found = self._compute(_normalised(sequences, "contacts"), Outputs(contacts=True), options)
-        return [finite(e.contacts, options.get("precision", "fp32")) for e in found if e.contacts is not None]
+        return self._compute(
+            _normalised(sequences, "contacts"), Outputs(contacts=True), options, attrgetter("contacts")
+        )
 
-    def _compute(self, sequences: list[str], outputs: Outputs, options: Mapping[str, str]) -> list[Encoded]:
-        """Return each sequence's outputs, in their order."""
-        with self._using(options) as encoder:
-            found = dict(encoder.compute(sequences, outputs))
+    def _compute(
+        self,
+        sequences: list[str],
+        outputs: Outputs,
+        options: Mapping[str, str],
+        take: Callable[[Encoded], NDArray[np.float32]],
+    ) -> list[NDArray[np.float32]]:
+        """Return what is taken of each sequence's outputs, in their order; the rest is dropped as it comes."""
+        precision = options.get("precision", self._precision)
+        with self._using(options, sequences, outputs) as (encoder, tokens):
+            found = {i: finite(take(encoded), precision) for i, encoded in encoder.compute(sequences, outputs, tokens)}
         return [found[i] for i in range(len(sequences))]
 
-    def _using(self, options: Mapping[str, str]) -> AbstractContextManager[Encoder]:
-        """Return an encoder for one call."""
-        return nullcontext(self.encoder(**options))
+    def _using(
+        self,
+        options: Mapping[str, str],
+        sequences: Sequence[str],  # noqa: ARG002 - for whoever counts memory
+        outputs: Outputs,  # noqa: ARG002
+    ) -> AbstractContextManager[tuple[Encoder, int]]:
+        """Return an encoder for one call, and the tokens of a batch."""
+        return nullcontext((self.encoder(**options), TOKENS_PER_BATCH))
 
     def to_fair_esm(self) -> tuple[torch.nn.Module, Any]:
         """Return the weights as fair-esm's ``(model, alphabet)``, for code written against fair-esm."""

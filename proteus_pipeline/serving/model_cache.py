@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -10,14 +10,17 @@ from proteus_pipeline.errors import ConfigError
 from proteus_pipeline.eviction.policies import DEFAULT_POLICY
 from proteus_pipeline.identity.names import Reference
 from proteus_pipeline.models.device import resolve_device
-from proteus_pipeline.models.encoder import NUMERICS, PRECISIONS, Encoder
+from proteus_pipeline.models.encoder import TOKENS_PER_BATCH, Encoder, Outputs, check_options
 from proteus_pipeline.serving.bindings import Binding, Bindings
+from proteus_pipeline.serving.calls import Call
 from proteus_pipeline.serving.interface import ModelInterface
 from proteus_pipeline.serving.residence import Residence
 from proteus_pipeline.serving.settings import CacheSettings
-from proteus_pipeline.serving.statistics import prometheus_text
+from proteus_pipeline.serving.statistics import metrics
 
 if TYPE_CHECKING:
+    from prometheus_client.core import Metric
+
     from proteus_pipeline.models.architecture import Architecture
     from proteus_pipeline.models.checkpoint import Checkpoint
     from proteus_pipeline.registry.version import ModelVersion
@@ -37,8 +40,9 @@ class ModelCacheManager:
     Parameters
     ----------
     max_memory_gb
-        What loaded models may take, in 10^9 bytes: weights, and room for one call's activations each. A control group's limit
-        caps it. Files that are memory-mapped while they are loaded are let go block by block, and not counted.
+        What loaded models may take, in 10^9 bytes: their weights, and what calls under way compute with; None for all of this
+        machine's memory. A control group's limit caps it. Files that are memory-mapped while they are loaded are let go block
+        by block, and not counted; what a call returns is its caller's.
     eviction_policy
         Which model goes first where there is no room: ``lru``, ``lfu``, ``fifo``, ``ttl``, or ``cost``, the one whose bytes
         save the fewest seconds of loading.
@@ -52,7 +56,7 @@ class ModelCacheManager:
         As in `proteus_pipeline.models.encoder.make_encoder`.
     device
         ``auto``, ``cpu``, ``cuda`` or ``cuda:N``: one cache is for one device, and has that device's budget.
-    max_gpu_memory_gb, ttl, patience, activation_tokens
+    max_gpu_memory_gb, ttl, patience, tokens_per_batch
         See `proteus_pipeline.serving.settings.CacheSettings`.
 
     Raises
@@ -64,7 +68,7 @@ class ModelCacheManager:
 
     def __init__(
         self,
-        max_memory_gb: float = 4,
+        max_memory_gb: float | None = 4,
         eviction_policy: str = DEFAULT_POLICY,
         distributed: bool = False,
         compression: bool = True,
@@ -76,18 +80,16 @@ class ModelCacheManager:
         max_gpu_memory_gb: float | None = None,
         ttl: float | None = None,
         patience: float = 10.0,
-        activation_tokens: int = 2048,
+        tokens_per_batch: int = TOKENS_PER_BATCH,
     ) -> None:
         if distributed:
             raise ConfigError(
                 "distributed=True: models can't be invalidated on other machines yet",
                 "leave it out: processes on one repository see each other's rollbacks without it",
             )
-        for name, value, known in (("precision", precision, PRECISIONS), ("numerics", numerics, NUMERICS)):
-            if value not in known:
-                raise ConfigError(f"{name} is {value!r}", f"use one of {', '.join(known)}")
+        check_options(precision, numerics)
         settings = CacheSettings(
-            max_memory_gb, max_gpu_memory_gb, eviction_policy, ttl, compression, patience, activation_tokens
+            max_memory_gb, max_gpu_memory_gb, eviction_policy, ttl, compression, patience, tokens_per_batch
         )
         self._residence = Residence(settings, device=resolve_device(device), precision=precision, numerics=numerics)
         self._bindings = Bindings(version_manager)
@@ -250,9 +252,17 @@ class ModelCacheManager:
         """
         return self._residence.stats()
 
+    def collect(self) -> Iterator[Metric]:
+        """Yield the same numbers as Prometheus's metrics: ``prometheus_client.REGISTRY.register(cache)`` has them scraped."""
+        return metrics(self.get_cache_stats())
+
     def prometheus(self) -> str:
-        """Return the same numbers in Prometheus's text format."""
-        return prometheus_text(self.get_cache_stats())
+        """Return the same numbers as text that Prometheus reads."""
+        from prometheus_client import CollectorRegistry, generate_latest
+
+        registry = CollectorRegistry()
+        registry.register(self)
+        return generate_latest(registry).decode()
 
     def _loaded(self, binding: Binding) -> CachedModel:
         with self._residence.leased(binding):
@@ -281,6 +291,7 @@ class CachedModel(ModelInterface):
         super().__init__(binding.reference, cache._bindings.manager)  # noqa: SLF001 - one module, one thing
         self.reference = binding.reference
         self._cache, self._binding = cache, binding
+        self._precision = cache._residence.precision  # noqa: SLF001
         self.__dict__["version"] = binding.version  # what was resolved, and not what the name may mean later
 
     @property
@@ -301,12 +312,17 @@ class CachedModel(ModelInterface):
             return resident.encoder
 
     @contextmanager
-    def _using(self, options: Mapping[str, str]) -> Iterator[Encoder]:
+    def _using(
+        self, options: Mapping[str, str], sequences: Sequence[str], outputs: Outputs
+    ) -> Iterator[tuple[Encoder, int]]:
         if not self._is_cached(options):
-            yield super().encoder(**options)
+            with super()._using(options, sequences, outputs) as using:
+                yield using
             return
-        with self._cache._residence.leased(self._binding) as resident:  # noqa: SLF001
-            yield resident.encoder
+        residence = self._cache._residence  # noqa: SLF001
+        call = Call(tuple(map(len, sequences)), attention=outputs.contacts or bool(outputs.received))
+        with residence.computing(self._binding, call) as encoder:
+            yield encoder, residence.settings.tokens_per_batch
 
     def _is_cached(self, options: Mapping[str, str]) -> bool:
         """Say whether options ask for what the cache holds: they say so, or leave it to the cache."""

@@ -10,19 +10,20 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Collection, Iterator
-from concurrent.futures import Future
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from proteus_pipeline.errors import CacheMemoryError, StorageError
 from proteus_pipeline.eviction.policies import make_policy
-from proteus_pipeline.models.encoder import Encoder, activation_bytes, make_encoder, weight_bytes
+from proteus_pipeline.models.encoder import Encoder, make_encoder, weight_bytes
 from proteus_pipeline.models.memory import give_back, keep_large_arrays_apart
-from proteus_pipeline.serving.budget import Budget
+from proteus_pipeline.serving.budget import NOTHING, Budget, Wanted, megabytes
+from proteus_pipeline.serving.calls import Call
 from proteus_pipeline.serving.compressed import Packed, measure
+from proteus_pipeline.serving.flights import Flight, Flights
 from proteus_pipeline.serving.settings import CacheSettings
 from proteus_pipeline.serving.statistics import Counts
 
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from proteus_pipeline.serving.bindings import Binding
 
 _TICK = 0.05  # how often a load that waits for room looks again, seconds
-_FIRST_BACK_OFF, _LONGEST_BACK_OFF = 0.5, 30.0
 # A copy is kept compressed where unpacking it takes less than this share of what its source took.
 _WORTH = 0.8
 # Nothing here is unpacked faster, so that a sample need not be compressed to know that a source is: bytes a second.
@@ -49,7 +49,7 @@ class Resident:
     encoder
         The loaded model.
     nbytes
-        Weights and room for activations, measured.
+        Of its weights, measured.
     seconds
         What its source took to load.
     since
@@ -70,21 +70,6 @@ class Resident:
     lent: bool = False
 
 
-@dataclass(eq=False)
-class _Flight:
-    """A load under way, and how many wait for it: each of them is given a lease."""
-
-    done: Future[Resident] = field(default_factory=Future)
-    waiting: int = 0
-
-
-@dataclass(frozen=True)
-class _Failure:
-    error: Exception
-    until: float
-    pause: float
-
-
 class Residence:
     """The models of one device; see `proteus_pipeline.ModelCacheManager` for what each verb promises."""
 
@@ -97,8 +82,7 @@ class Residence:
         self._budget = Budget(*settings.limit(device), policy)
         self._residents: dict[str, Resident] = {}
         self._packed: dict[str, tuple[Packed, float]] = {}
-        self._flights: dict[str, _Flight] = {}
-        self._failed: dict[str, _Failure] = {}
+        self._flights: Flights[Resident] = Flights()
         self._changed = threading.Condition(threading.RLock())
         # Filled as encoders are collected, in whichever thread and moment that happens: so without a lock.
         self._gone: deque[int] = deque()
@@ -132,14 +116,44 @@ class Residence:
         finally:
             self._release(resident)
 
+    @contextmanager
+    def computing(self, binding: Binding, call: Call) -> Iterator[Encoder]:
+        """Lease a model for one call, with room for what the call takes.
+
+        Raises
+        ------
+        CacheMemoryError
+            As `leased`, and where the call has no room, or other calls leave none in time.
+        ProteusError
+            As `leased`.
+
+        """
+        with self.leased(binding) as resident:
+            nbytes = self._call_bytes(resident.encoder.architecture, call)
+            token = next(self._tokens)
+            with self._changed:
+                weights = self._budget.held.get(binding.digest, 0)
+            what = f"a call of {binding.reference} with {call} takes {megabytes(nbytes)} beside {megabytes(weights)} of weights"
+            begin = partial(self._budget.calls.__setitem__, token, nbytes)
+            try:
+                self._make_room(what, weights + nbytes, Wanted(call=nbytes), begin)
+                yield resident.encoder
+            finally:
+                with self._changed:
+                    self._budget.calls.pop(token, None)
+                    self._changed.notify_all()
+                give_back()  # a millisecond; without, 32 threads that compute kept 40 MB of what they had freed
+
     def drop(self, digests: Collection[str] | None, cause: str) -> int:
         """Serve some models no more, or all; return how many were here. Their memory comes back with their last lease."""
         with self._changed:
             chosen = [d for d in self._residents if digests is None or d in digests]
             for digest in [d for d in self._packed if digests is None or d in digests]:
                 self._drop_copy(digest)
-            removed = [self._remove(digest, cause) for digest in chosen]
-        return len(removed)
+            for digest in chosen:
+                self._remove(digest, cause)
+        give_back()
+        return len(chosen)
 
     def configure(self, settings: CacheSettings) -> None:
         """Apply settings, letting go what no longer fits.
@@ -154,18 +168,22 @@ class Residence:
         policy = make_policy(settings.eviction_policy, ttl=settings.ttl)
         with self._changed:
             self._settle()
-            if (least := self._budget.least(self._in_use())) > limit:
+            b, before = self._budget, self.settings
+            self.settings = settings
+            rooms = {d: self._room(r.encoder.architecture) for d, r in self._residents.items()}
+            new = replace(b, limit=limit, limited_by=limited_by, policy=policy, rooms=b.rooms | rooms)
+            if (least := new.total(kept=self._in_use())) > limit:
+                self.settings = before
                 raise CacheMemoryError(
-                    f"models in use take {_mb(least)}, and the new limit is {_mb(limit)}",
+                    f"models in use take {megabytes(least)}, and the new limit is {megabytes(limit)}",
                     "end their leases first, or set a larger limit; the old settings stand",
                 )
-            policy.take_over(self._budget.policy)
-            self._budget.policy, self._budget.limit, self._budget.limited_by = policy, limit, limited_by
-            self.settings = settings
-            for digest in list(self._packed) if not settings.compression else self._budget.dropped_copies(0):
+            policy.take_over(b.policy)
+            b.policy, b.limit, b.limited_by, b.rooms = policy, limit, limited_by, new.rooms
+            for digest in list(self._packed) if not settings.compression else b.dropped_copies(NOTHING):
                 self._drop_copy(digest)
-            removed = self._evict(0, "shrunk")
-        self._retire(removed, 0)
+            removed = self._evict(NOTHING, "shrunk")
+        self._retire(removed)
 
     def stats(self) -> dict[str, Any]:
         """Return counters, and bytes by device and kind."""
@@ -175,7 +193,7 @@ class Residence:
                 "leases": sum(r.leases for r in self._residents.values()),
                 "models": dict(b.held),
                 "compressed": dict(b.compressed),
-                "bytes": b.used,
+                "bytes": b.total(),
                 "limit_bytes": b.limit,
                 "limited_by": b.limited_by,
                 "devices": {
@@ -190,7 +208,7 @@ class Residence:
         with self._changed:
             expired, in_use = self._budget.policy.expired(time.monotonic()), self._in_use()
             removed = [self._remove(digest, "expired") for digest in expired if digest not in in_use]
-        self._retire(removed, 0)
+        self._retire(removed)
         with self._changed:
             self._settle()
             yield
@@ -204,18 +222,10 @@ class Residence:
                 resident.leases += 1
                 return resident
             self.counts.misses += 1
-            flight = self._flights.get(digest)
-            mine = flight is None
-            if flight is None:
-                failed = self._failed.get(digest)
-                if failed and time.monotonic() < failed.until:
-                    raise failed.error
-                flight = self._flights[digest] = _Flight()
-            else:
-                flight.waiting += 1
+            flight, mine = self._flights.join(digest)
         return self._fly(binding, flight) if mine else self._wait(flight)
 
-    def _wait(self, flight: _Flight) -> Resident:
+    def _wait(self, flight: Flight[Resident]) -> Resident:
         try:
             return flight.done.result()
         except KeyboardInterrupt:
@@ -226,7 +236,7 @@ class Residence:
                     flight.waiting -= 1
             raise
 
-    def _fly(self, binding: Binding, flight: _Flight) -> Resident:
+    def _fly(self, binding: Binding, flight: Flight[Resident]) -> Resident:
         """Load a model for all who wait for it."""
         digest = binding.digest
         try:
@@ -237,30 +247,27 @@ class Residence:
             )  # fmt: skip
             with self._changed:
                 self._budget.reserved.pop(digest, None)
-                del self._flights[digest]
+                self._budget.rooms.pop(digest, None)
                 self.counts.failures += 1
-                if not isinstance(told, CacheMemoryError):  # there may be room a moment later
-                    before = self._failed.get(digest)
-                    pause = min(2 * before.pause, _LONGEST_BACK_OFF) if before else _FIRST_BACK_OFF
-                    self._failed[digest] = _Failure(told, time.monotonic() + pause, pause)
+                # There may be room a moment later.
+                self._flights.failed(digest, told, pause=not isinstance(told, CacheMemoryError))
                 self._changed.notify_all()
             flight.done.set_exception(told)
             raise
         with self._changed:
             now = time.monotonic()
-            nbytes = encoder.nbytes + self._activations(encoder.architecture)
+            nbytes = encoder.nbytes
             resident = Resident(digest, encoder, nbytes, seconds, now, 1 + flight.waiting)
             self._budget.reserved.pop(digest, None)
             self._budget.held[digest] = nbytes
             self._budget.policy.added(digest, nbytes, seconds, now)
             self._residents[digest] = resident
-            del self._flights[digest]
-            self._failed.pop(digest, None)
+            self._flights.landed(digest)
             self.counts.restored += restored
             self.counts.loads += not restored
-            removed = self._evict(0, "room")  # it may be a little larger than was thought
+            removed = self._evict(NOTHING, "room")  # it may be a little larger than was thought
         flight.done.set_result(resident)
-        self._retire(removed, 0)
+        self._retire(removed)
         return resident
 
     def _load(self, binding: Binding) -> tuple[Encoder, float, bool]:
@@ -270,62 +277,59 @@ class Residence:
             packed, seconds = self._packed.pop(binding.digest, (None, 0.0))
             kept = self._budget.compressed.pop(binding.digest, 0)
         if packed is not None:
-            self._make_room(binding, packed.raw_bytes + self._activations(packed.architecture) + kept)
+            self._make_room_to_load(binding, packed.architecture, packed.raw_bytes + kept)
             encoder: Encoder = packed.unpack()
         else:
             checkpoint = binding.open()
-            need = weight_bytes(checkpoint.architecture, self.precision) + self._activations(checkpoint.architecture)
-            self._make_room(binding, need + checkpoint.nbytes)
+            need = weight_bytes(checkpoint.architecture, self.precision) + checkpoint.nbytes
+            self._make_room_to_load(binding, checkpoint.architecture, need)
             encoder = make_encoder(checkpoint, precision=self.precision, numerics=self.numerics, device=self.device)
             seconds = time.perf_counter() - began
         self.counts.load_seconds.append(time.perf_counter() - began)
         return encoder, seconds, packed is not None
 
-    def _make_room(self, binding: Binding, need: int) -> None:
-        """Reserve bytes for a load, letting go what has to go, and waiting for what is in use."""
+    def _make_room_to_load(self, binding: Binding, architecture: Architecture, need: int) -> None:
+        room = self._room(architecture)
+
+        def enter() -> None:
+            self._budget.reserved[binding.digest] = need
+            self._budget.rooms[binding.digest] = room
+
+        what = f"{binding.reference} takes {megabytes(need)} and a usual call with it {megabytes(room)}"
+        self._make_room(what, need + room, Wanted(load=need, room=room), enter)
+
+    def _make_room(self, what: str, alone: int, wanted: Wanted, enter: Callable[[], None]) -> None:
+        """Let go what has to go for what is wanted, waiting for what is in use, and enter it in the books.
+
+        `what` says what takes which bytes; `alone` is all that the books would hold if there were nothing else.
+        """
         deadline = time.monotonic() + self.settings.patience
         while True:
             with self._changed:
                 self._settle()
                 b = self._budget
-                if need > b.limit:
-                    raise CacheMemoryError(
-                        f"{binding.reference} takes {_mb(need)}, and the limit is {_mb(b.limit)} ({b.limited_by})",
-                        f"set max_memory_gb to {need / 1e9:.3g} or more, or precision to bf16",
-                    )
+                if alone > b.limit:
+                    raise b.too_large(what, alone)
                 removed: list[Resident] = []
-                if b.least(self._in_use()) + need <= b.limit:
-                    for digest in b.dropped_copies(need):
+                if b.total(wanted, self._in_use()) <= b.limit:
+                    for digest in b.dropped_copies(wanted):
                         self._drop_copy(digest)
-                    removed = self._evict(need, "room")
-                    if b.used + need <= b.limit:
-                        b.reserved[binding.digest] = need
+                    removed = self._evict(wanted, "room")
+                    if b.total(wanted) <= b.limit:
+                        enter()
                         return
                 elif time.monotonic() > deadline:
-                    raise self._no_room(binding, need)
+                    raise b.no_room(what, self._in_use())
                 else:
                     self._changed.wait(_TICK)
-            self._retire(removed, need)
-
-    def _no_room(self, binding: Binding, need: int) -> CacheMemoryError:
-        b, kinds = self._budget, self._budget.by_kind()
-        taken = [
-            ("in use", b.in_use(self._in_use())),
-            ("being loaded", kinds["loading"]),
-            ("let go and still held", kinds["freeing"]),
-        ]
-        said = ", ".join(f"{_mb(count)} {what}" for what, count in taken if count)
-        return CacheMemoryError(
-            f"{binding.reference} takes {_mb(need)}, and of {_mb(b.limit)} there are {said}",
-            "end a lease, drop encoders that were asked for by themselves, or set a larger max_memory_gb",
-        )
+            self._retire(removed, wanted)
 
     def _release(self, resident: Resident) -> None:
         with self._changed:
             resident.leases -= 1
-            removed = self._evict(0, "shrunk") if not resident.leases else []
+            removed = self._evict(NOTHING, "shrunk") if not resident.leases else []
             self._changed.notify_all()
-        self._retire(removed, 0)
+        self._retire(removed)
 
     def _use(self, digest: str) -> None:
         self.counts.hits += 1
@@ -334,10 +338,10 @@ class Residence:
     def _in_use(self) -> set[str]:
         return {digest for digest, resident in self._residents.items() if resident.leases}
 
-    def _evict(self, need: int, cause: str) -> list[Resident]:
+    def _evict(self, wanted: Wanted, cause: str) -> list[Resident]:
         now = time.monotonic()
         expired = set(self._budget.policy.expired(now))
-        chosen = self._budget.evictions(need, now, self._in_use())
+        chosen = self._budget.evictions(wanted, now, self._in_use())
         return [self._remove(digest, "expired" if digest in expired else cause) for digest in chosen]
 
     def _remove(self, digest: str, cause: str) -> Resident:
@@ -347,6 +351,7 @@ class Residence:
         forget(digest)
         token = next(self._tokens)
         self._budget.freeing[token] = self._budget.held.pop(digest)
+        self._budget.rooms.pop(digest, None)
         weakref.finalize(resident.encoder, partial(self._gone.append, token)).atexit = False
         self.counts.evictions[cause] += 1
         self.counts.ages.append(time.monotonic() - resident.since)
@@ -357,26 +362,26 @@ class Residence:
         while self._gone:
             self._budget.freeing.pop(self._gone.popleft(), None)
 
-    def _retire(self, removed: list[Resident], need: int) -> None:
+    def _retire(self, removed: list[Resident], wanted: Wanted = NOTHING) -> None:
         """Let go of models, and keep compressed those that are worth it; nothing else here holds them."""
         if not removed:
             return
         while removed:
             resident = removed.pop()
-            if self._is_worth_packing(resident, need):
+            if self._is_worth_packing(resident, wanted):
                 digest, seconds = resident.digest, resident.seconds
                 packed = Packed(resident.encoder, resident.encoder.architecture)
                 del resident  # its bytes are off the books before the copy's are on them
                 with self._changed:
                     self._settle()
                     # Others may have loaded meanwhile: then there is no room for a copy any more.
-                    if self._budget.used + need + packed.nbytes <= self._budget.limit:
+                    if self._budget.total(wanted) + packed.nbytes <= self._budget.limit:
                         self._packed[digest] = packed, seconds
                         self._budget.compressed[digest] = packed.nbytes
         give_back()
 
-    def _is_worth_packing(self, resident: Resident, need: int) -> bool:
-        """Say whether a copy would be unpacked sooner than its source is loaded, as measured, and has room beside `need`."""
+    def _is_worth_packing(self, resident: Resident, wanted: Wanted) -> bool:
+        """Say whether a copy would be unpacked sooner than its source is loaded, as measured, and has room beside what is wanted."""
         usable = self.settings.compression and self.device == "cpu" and not resident.leases and not resident.lent
         if not usable or resident.seconds * _FASTEST_UNPACKING < resident.nbytes:
             return False
@@ -385,19 +390,16 @@ class Residence:
             return False
         with self._changed:
             self._settle()
-            after = self._budget.used - resident.nbytes + need + int(share * resident.nbytes)
+            after = self._budget.total(wanted) - resident.nbytes + int(share * resident.nbytes)
             return after <= self._budget.limit and resident.digest not in self._residents
 
     def _drop_copy(self, digest: str) -> None:
         self._packed.pop(digest, None)
         self._budget.compressed.pop(digest, None)
 
-    def _activations(self, architecture: Architecture) -> int:
-        import torch
+    def _room(self, architecture: Architecture) -> int:
+        """Return what a usual call takes."""
+        return self._call_bytes(architecture, Call.usual(self.settings.tokens_per_batch, self.device))
 
-        threads = torch.get_num_threads() if self.device == "cpu" else 1
-        return activation_bytes(architecture, self.settings.activation_tokens, threads)
-
-
-def _mb(count: int) -> str:
-    return f"{count / 1e6:,.0f} MB" if count >= 1e8 else f"{count / 1e6:.3g} MB"
+    def _call_bytes(self, architecture: Architecture, call: Call) -> int:
+        return call.nbytes(architecture, self.settings.tokens_per_batch, self.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from proteus_pipeline.errors import ConfigError
 from proteus_pipeline.eviction.policies import DEFAULT_POLICY, make_policy
+from proteus_pipeline.models.encoder import TOKENS_PER_BATCH
 
 GB = 10**9
 # The control group's limit on this process's memory: version 2's file, and version 1's.
@@ -23,7 +25,8 @@ class CacheSettings:
     Attributes
     ----------
     max_memory_gb
-        What models may take of this machine's memory, in 10^9 bytes; a control group's limit caps it.
+        What models may take of this machine's memory, in 10^9 bytes; None for all of it. A control group's limit caps it, and
+        so does what the machine has.
     max_gpu_memory_gb
         The same of each GPU; None for nine tenths of what it has.
     eviction_policy
@@ -34,8 +37,8 @@ class CacheSettings:
         Whether a version that is evicted is kept compressed, where that is faster to bring back than its source.
     patience
         For how many seconds a load waits for room that leases hold.
-    activation_tokens
-        Tokens of one batch, for which room is kept beside each model's weights; 0 for none.
+    tokens_per_batch
+        Tokens of one batch. Room for a call of such batches is kept beside the weights.
 
     Raises
     ------
@@ -44,24 +47,24 @@ class CacheSettings:
 
     """
 
-    max_memory_gb: float = 4
+    max_memory_gb: float | None = 4
     max_gpu_memory_gb: float | None = None
     eviction_policy: str = DEFAULT_POLICY
     ttl: float | None = None
     compression: bool = True
     patience: float = 10.0
-    activation_tokens: int = 2048
+    tokens_per_batch: int = TOKENS_PER_BATCH
 
     def __post_init__(self) -> None:
-        _check_number("max_memory_gb", self.max_memory_gb, above=0)
-        if self.max_gpu_memory_gb is not None:
-            _check_number("max_gpu_memory_gb", self.max_gpu_memory_gb, above=0)
+        for name in ("max_memory_gb", "max_gpu_memory_gb"):
+            if getattr(self, name) is not None:
+                _check_number(name, getattr(self, name), above=0)
         _check_number("patience", self.patience)
         if not isinstance(self.compression, bool):
             raise ConfigError(f"compression is {self.compression!r}", "use True or False")
-        if isinstance(self.activation_tokens, bool) or not isinstance(self.activation_tokens, int):
-            raise ConfigError(f"activation_tokens is {self.activation_tokens!r}", "use a whole number, 0 or more")
-        _check_number("activation_tokens", self.activation_tokens)
+        tokens = self.tokens_per_batch
+        if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
+            raise ConfigError(f"tokens_per_batch is {tokens!r}", "use a whole number, 1 or more")
         make_policy(self.eviction_policy, ttl=self.ttl)
 
     def changed(self, config: Mapping[str, Any]) -> CacheSettings:
@@ -88,9 +91,12 @@ class CacheSettings:
 
     def host_limit(self) -> tuple[int, str]:
         """Return the bytes of this machine's memory that models may take, and what sets that limit."""
-        wanted = int(self.max_memory_gb * GB)
-        cap = cgroup_limit()
-        return (cap, "cgroup") if cap is not None and cap < wanted else (wanted, "max_memory_gb")
+        limits = [(memory_bytes(), "this machine's memory")]
+        if self.max_memory_gb is not None:
+            limits.insert(0, (int(self.max_memory_gb * GB), "max_memory_gb"))
+        if (cap := cgroup_limit()) is not None:
+            limits.append((cap, "cgroup"))
+        return min(limits, key=lambda limit: limit[0])
 
     def limit(self, device: str) -> tuple[int, str]:
         """Return the bytes that models may take of a device's memory, and what sets that limit."""
@@ -113,6 +119,11 @@ def cgroup_limit() -> int | None:
         # Version 1 says "no limit" by a number near 2^63.
         return int(text) if text.isdigit() and int(text) < 1 << 60 else None
     return None
+
+
+def memory_bytes() -> int:
+    """Return the bytes of memory that this machine has."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _check_number(name: str, value: object, *, above: float | None = None) -> None:

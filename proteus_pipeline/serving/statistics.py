@@ -1,11 +1,15 @@
-"""What a model cache counts, and how it is told: as a mapping, and as Prometheus reads it."""
+"""What a model cache counts, and how it is told: as a mapping, and as Prometheus's metrics."""
 
 from __future__ import annotations
 
 from collections import Counter, deque
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from statistics import quantiles
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from prometheus_client.core import Metric
 
 CAUSES = ("room", "shrunk", "expired", "invalidated", "cleared")
 _KEPT = 1000  # of the latest loads and evictions, for their quantiles
@@ -62,36 +66,34 @@ def _spread(seconds: deque[float]) -> dict[str, float | None]:
     return {"p50": cuts[9], "p95": cuts[18]}
 
 
-def prometheus_text(stats: dict[str, Any]) -> str:
-    """Return the numbers of `proteus_pipeline.ModelCacheManager.get_cache_stats` in Prometheus's text format, version 0.0.4.
+def metrics(stats: dict[str, Any]) -> Iterator[Metric]:
+    """Yield the numbers of `proteus_pipeline.ModelCacheManager.get_cache_stats` as Prometheus's metrics."""
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
-    https://prometheus.io/docs/instrumenting/exposition_formats/
-    """
-    lines: list[str] = []
+    def family(
+        kind: type[Metric], name: str, text: str, label: str | None, samples: Mapping[str, float | None]
+    ) -> Metric:
+        made = kind(f"proteus_cache_{name}", text, labels=["cache", *([label] if label else [])])  # type: ignore[call-arg]
+        for value, number in samples.items():
+            if number is not None:
+                made.add_metric(["model", *([value] if label else [])], number)  # type: ignore[attr-defined]
+        return made
 
-    def metric(name: str, kind: str, text: str, samples: list[tuple[dict[str, str], float | None]]) -> None:
-        known = [(labels, value) for labels, value in samples if value is not None]
-        if known:
-            lines.extend((f"# HELP {name} {text}", f"# TYPE {name} {kind}"))
-        for labels, value in known:
-            given = ",".join(f'{label}="{v}"' for label, v in ({"cache": "model"} | labels).items())
-            lines.append(f"{name}{{{given}}} {value}")
-
-    requests = [({"result": result}, stats[of]) for result, of in (("hit", "hits"), ("miss", "misses"))]
-    metric("proteus_cache_requests_total", "counter", "Requests for a loaded model.", requests)
-    loads = [({"source": s}, stats[of]) for s, of in (("weights", "loads"), ("compressed", "restored"))]
-    metric("proteus_cache_loads_total", "counter", "Models loaded.", loads)
-    metric("proteus_cache_load_failures_total", "counter", "Loads that failed.", [({}, stats["load_failures"])])
-    evictions = [({"cause": cause}, count) for cause, count in stats["evictions"].items()]
-    metric("proteus_cache_evictions_total", "counter", "Models let go, by cause.", evictions)
-    kinds = ("models", "loading", "freeing", "compressed")
-    devices = stats["devices"].items()
-    held = [({"device": d, "kind": kind}, of[f"{kind}_bytes"]) for d, of in devices for kind in kinds]
-    metric("proteus_cache_bytes", "gauge", "Bytes that count against the limit.", held)
-    limits = [({"device": d}, of["limit_bytes"]) for d, of in devices]
-    metric("proteus_cache_limit_bytes", "gauge", "Bytes that there may be.", limits)
-    metric("proteus_cache_leases", "gauge", "Leases that are held.", [({}, stats["leases"])])
+    counter, gauge = CounterMetricFamily, GaugeMetricFamily
+    requests = {"hit": stats["hits"], "miss": stats["misses"]}
+    yield family(counter, "requests", "Requests for a loaded model.", "result", requests)
+    loads = {"weights": stats["loads"], "compressed": stats["restored"]}
+    yield family(counter, "loads", "Models loaded.", "source", loads)
+    yield family(counter, "load_failures", "Loads that failed.", None, {"": stats["load_failures"]})
+    yield family(counter, "evictions", "Models let go, by cause.", "cause", stats["evictions"])
+    held = gauge("proteus_cache_bytes", "Bytes that count against the limit.", labels=["cache", "device", "kind"])
+    limit = gauge("proteus_cache_limit_bytes", "Bytes that there may be.", labels=["cache", "device"])
+    for device, of in stats["devices"].items():
+        limit.add_metric(["model", device], of["limit_bytes"])
+        for name, count in of.items():
+            if name != "limit_bytes":
+                held.add_metric(["model", device, name.removesuffix("_bytes")], count)
+    yield from (held, limit)
+    yield family(gauge, "leases", "Leases that are held.", None, {"": stats["leases"]})
     for name, text in (("load_seconds", "Seconds a load took."), ("age_at_eviction_seconds", "Age of a model let go.")):
-        spread = [({"quantile": f"0.{p[1:]}"}, value) for p, value in stats[name].items()]
-        metric(f"proteus_cache_{name}", "gauge", text, spread)
-    return "\n".join(lines) + "\n"
+        yield family(gauge, name, text, "quantile", {f"0.{p[1:]}": value for p, value in stats[name].items()})

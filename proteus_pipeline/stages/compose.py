@@ -8,6 +8,7 @@ stage after it runs only when a key it uses changed.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import re
 import sys
@@ -34,7 +35,7 @@ from proteus_pipeline.stages.project import CANDIDATE, COMPOSED, MANIFEST, Proje
 from proteus_pipeline.stores.files import storage_error, write_atomic
 
 if TYPE_CHECKING:
-    from proteus_pipeline.config.schema import CacheSettings, DataSettings
+    from proteus_pipeline.config.schema import CacheSettings, DataSettings, RuntimeSettings
     from proteus_pipeline.registry.version import ModelVersion
 
 SCHEMA = 1
@@ -222,7 +223,7 @@ def _check_ranges(composition: Composition) -> None:
         ("probe", lambda: ProbeSettings(**dataclasses.asdict(s.probe))),
         ("embedding", lambda: _recipe_values(composition)),
         ("cache", lambda: _check_cache(s.cache)),
-        ("runtime", lambda: _check_runtime(s.runtime.device, s.runtime.threads, s.runtime.tokens_per_batch)),
+        ("runtime", lambda: _check_runtime(s.runtime)),
     ]
     for section, check in checks:
         try:
@@ -283,13 +284,18 @@ def check_is_cache(path: Path, said_by: str) -> None:
         raise StorageError(f"{said_by}: {path} is no embedding cache", f"it has none of {', '.join(_OF_A_CACHE)}")
 
 
-def _check_runtime(device: str, threads: int | None, tokens: int) -> None:
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
-        raise ConfigError(f"runtime.device is {device!r}", "use auto, cpu, cuda or cuda:N")
-    if threads is not None and threads < 1:
-        raise ConfigError(f"runtime.threads is {threads}", "use 1 or more, or null for torch's own choice")
-    if tokens < 1:
-        raise ConfigError(f"runtime.tokens_per_batch is {tokens}", "use 1 or more; 2048 suits a CPU")
+def _check_runtime(runtime: RuntimeSettings) -> None:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", runtime.device):
+        raise ConfigError(f"runtime.device is {runtime.device!r}", "use auto, cpu, cuda or cuda:N")
+    if runtime.threads is not None and runtime.threads < 1:
+        raise ConfigError(f"runtime.threads is {runtime.threads}", "use 1 or more, or null for torch's own choice")
+    if runtime.tokens_per_batch < 1:
+        raise ConfigError(f"runtime.tokens_per_batch is {runtime.tokens_per_batch}", "use 1 or more; 2048 suits a CPU")
+    gigabytes = runtime.max_memory_gb
+    if gigabytes is not None and not 0 < gigabytes < math.inf:
+        raise ConfigError(
+            f"runtime.max_memory_gb is {gigabytes}", "use a number above 0, or null for what this machine has"
+        )
 
 
 def _input_digests(project: Project, data: DataSettings) -> dict[str, str | None]:

@@ -82,25 +82,24 @@ def stage_encoder(project: Project, composed: dict[str, Any], stage: str) -> Enc
         When the weights are not those that the configuration was composed with.
     StorageError
         When they can't be had.
+    CacheMemoryError
+        When they have no room in ``runtime.max_memory_gb``.
 
     """
     import torch
 
-    from proteus_pipeline.models.encoder import make_encoder
     from proteus_pipeline.registry.provision import provide
 
-    runtime, recipe = composed["runtime"], recipe_of(composed, stage)
-    model = composed["stages"][stage]["model"]
-    if runtime["threads"]:
-        torch.set_num_threads(runtime["threads"])
+    threads, model = composed["runtime"]["threads"], composed["stages"][stage]["model"]
+    if threads:
+        torch.set_num_threads(threads)
     version = provide(project.manager, model["reference"], project.catalogue)
     if version.checkpoint.trunk_digest != model["trunk_digest"]:
         raise IntegrityError(
             f"{model['reference']} has trunk {version.checkpoint.trunk_digest}, composed.yaml {model['trunk_digest']}",
             "run: dvc repro compose",
         )
-    device = resolve_device(runtime["device"])
-    return make_encoder(version.checkpoint, precision=recipe.precision, numerics=recipe.numerics, device=device)
+    return project.models(composed).get_or_load(version).encoder()
 
 
 def summary(outcome: Outcome) -> dict[str, Any]:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from proteus_pipeline.embeddings.cache import EmbeddingCache
     from proteus_pipeline.models.sources import ModelEntry
     from proteus_pipeline.registry.versions import ModelVersionManager
+    from proteus_pipeline.serving.model_cache import ModelCacheManager
 
 COMPOSED = "composed.yaml"
 SEQUENCES = "prepared/sequences.fasta"
@@ -112,6 +113,27 @@ class Project:
             max_bytes=settings["max_bytes"],
             policy=settings["policy"],
         )
+
+    def models(self, composed: dict[str, Any]) -> ModelCacheManager:
+        """Return the loaded models of a composed configuration: those of one precision, numerics and device."""
+        from proteus_pipeline.serving.model_cache import ModelCacheManager
+
+        runtime, embedding = composed["runtime"], composed["embedding"]
+        key = embedding["precision"], embedding["numerics"], *runtime.items()
+        if key not in self._loaded:
+            self._loaded[key] = ModelCacheManager(
+                runtime["max_memory_gb"],
+                version_manager=self.manager,
+                precision=embedding["precision"],
+                numerics=embedding["numerics"],
+                device=runtime["device"],
+                tokens_per_batch=runtime["tokens_per_batch"],
+            )
+        return self._loaded[key]
+
+    @cached_property
+    def _loaded(self) -> dict[tuple[Any, ...], ModelCacheManager]:
+        return {}
 
     def find_file(self, path: str) -> Path:
         """Return an input file: as named from the workspace, or from DVC's root where the workspace lacks it."""

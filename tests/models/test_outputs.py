@@ -78,7 +78,7 @@ def test_they_are_the_same_bits_alone_and_in_company_and_with_fewer_heads_at_onc
 ):
     together = everything(whole, SEQUENCES, precision=precision)
     alone = [everything(whole, [s], precision=precision)[0] for s in SEQUENCES]
-    monkeypatch.setattr(attention, "_PROBABILITY_BYTES", 1)
+    monkeypatch.setattr(attention, "PROBABILITY_BYTES", 1)
     one_by_one = everything(whole, SEQUENCES, 300, precision=precision)
     for a, b, c in zip(together, alone, one_by_one, strict=True):
         assert a.logits is not None

@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
-from proteus_pipeline.models.workers import in_turn, workers
+from proteus_pipeline.models.workers import in_turn, thread_count, with_one_thread, workers
 
 
 def test_each_thread_computes_with_one_and_torch_has_as_many_as_before_afterwards():
@@ -85,3 +87,48 @@ def test_in_turn_is_in_turn():
     seen: list[int] = []
     in_turn(seen.append, range(3))
     assert seen == [0, 1, 2]
+
+
+def mkl_threads() -> int:
+    found = re.search(r"mkl_get_max_threads\(\) : (\d+)", torch.__config__.parallel_info())
+    return int(found[1]) if found else 1
+
+
+def test_a_call_that_ends_raises_no_threads_in_one_that_goes_on_and_leaves_none_lost():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    begun, end = threading.Barrier(2, timeout=10), threading.Event()
+    seen: list[int] = []
+
+    def outlasts() -> int:
+        count = thread_count()
+        with workers(2) as pool:
+            begun.wait()
+            end.wait(10)
+            pool.share(lambda _: seen.append(mkl_threads()), range(4))
+        return count
+
+    try:
+        with ThreadPoolExecutor(1) as other:
+            with workers(2) as pool:
+                pool.share(lambda _: None, range(2))
+                going_on = other.submit(outlasts)  # a new thread, while one call is under way
+                begun.wait()
+            end.set()
+            assert going_on.result() == 2
+        assert set(seen) == {1}
+        assert (torch.get_num_threads(), thread_count()) == (2, 2)
+        with ThreadPoolExecutor(1) as other:
+            assert other.submit(torch.get_num_threads).result() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_with_one_thread_leaves_the_callers_number():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert with_one_thread(torch.get_num_threads) == 1
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

@@ -30,7 +30,7 @@ def run(root: Path, count: int) -> dict[str, object]:
     names = sorted(manager.list_models())
     expected = {name: ModelInterface(name, manager).embed([PROTEIN])[0].tobytes() for name in names}
     cache = ModelCacheManager(
-        BUDGET_GB, version_manager=manager, patience=60.0, activation_tokens=0, eviction_policy="cost"
+        BUDGET_GB, version_manager=manager, patience=60.0, tokens_per_batch=256, eviction_policy="cost"
     )
     cache.warm(names[0])
     cache.clear_cache()

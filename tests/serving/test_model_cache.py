@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import git, make_checkpoint
+from prometheus_client import CollectorRegistry
+from prometheus_client.parser import text_string_to_metric_families
 
 from proteus_pipeline import ModelCacheManager, ModelInterface, ModelVersionManager
 from proteus_pipeline.errors import (
@@ -25,10 +28,13 @@ from proteus_pipeline.errors import (
 )
 from proteus_pipeline.models import reading
 from proteus_pipeline.models.encoder import activation_bytes, weight_bytes
+from proteus_pipeline.models.esm2 import Esm2Encoder
 from proteus_pipeline.models.folder import write_folder
 from proteus_pipeline.serving import residence
+from proteus_pipeline.serving.flights import FIRST_BACK_OFF
 
 PROTEIN = "MKTAYIAKQR"
+TOKENS = 64
 
 
 @pytest.fixture
@@ -46,11 +52,11 @@ def cache(registry: ModelVersionManager) -> ModelCacheManager:
     return ModelCacheManager(version_manager=registry)
 
 
-def room_for(count: float, tokens: int = 0) -> float:
-    """Return a limit in GB that holds so many of the small models."""
-    architecture = make_checkpoint().architecture
-    one = weight_bytes(architecture, "fp32") + activation_bytes(architecture, tokens, torch.get_num_threads())
-    return count * one / 1e9
+def room_for(count: float) -> float:
+    """Return a limit in GB that holds so many of the small models, and a usual call with one."""
+    architecture, threads = make_checkpoint().architecture, torch.get_num_threads()
+    call = activation_bytes(architecture, [TOKENS - 2] * (threads + 1), tokens=TOKENS, threads=threads)
+    return (count * weight_bytes(architecture, "fp32") + call) / 1e9
 
 
 def test_a_name_means_its_current_version_and_a_miss_is_none(cache: ModelCacheManager, registry: ModelVersionManager):
@@ -177,13 +183,13 @@ def test_a_failed_load_fails_all_and_is_tried_again_after_a_pause(
     with pytest.raises(StorageError):
         cache.get_or_load("m")  # within the pause
     assert cache.get_cached_model("m") is None
-    time.sleep(residence._FIRST_BACK_OFF)
+    time.sleep(FIRST_BACK_OFF)
     assert cache.get_or_load("m").reference == "m@v1.1.0"
     assert cache.get_cache_stats()["load_failures"] == 1
 
 
 def test_the_least_recently_used_goes_and_a_lease_keeps(registry: ModelVersionManager):
-    cache = ModelCacheManager(room_for(2.5), version_manager=registry, activation_tokens=0)
+    cache = ModelCacheManager(room_for(2.5), version_manager=registry, tokens_per_batch=TOKENS)
     one, two, three = "m@v1.0.0", "m@v1.1.0", "lab/n"
     cache.preload(one, two)
     cache.get_cached_model(one)
@@ -201,22 +207,24 @@ def test_the_least_recently_used_goes_and_a_lease_keeps(registry: ModelVersionMa
 
 def test_a_model_larger_than_the_budget_lets_nothing_go(registry: ModelVersionManager, tmp_path: Path):
     write_folder(make_checkpoint(width=128), tmp_path / "large")
-    cache = ModelCacheManager(room_for(2.5), version_manager=registry, activation_tokens=0)
+    cache = ModelCacheManager(room_for(2.5), version_manager=registry, tokens_per_batch=TOKENS)
     cache.preload("m@v1.0.0", "m@v1.1.0")
     large = ModelInterface("large", registry, weights=tmp_path / "large")
     with pytest.raises(
-        CacheMemoryError, match=r"large takes 3.73 MB, and the limit is \S+ MB \(max_memory_gb\); set max_"
+        CacheMemoryError,
+        match=r"large takes 3.73 MB and a usual call with it \S+ MB, and the limit is \S+ MB \(max_memory_gb\); set max_",
     ):
         cache.cache_model(large)
     assert len(cache.get_cache_stats()["models"]) == 2
 
 
 def test_leases_that_leave_no_room_are_waited_for_and_then_named(registry: ModelVersionManager):
-    cache = ModelCacheManager(room_for(1.5), version_manager=registry, patience=0.3, activation_tokens=0)
+    cache = ModelCacheManager(room_for(1.5), version_manager=registry, patience=0.3, tokens_per_batch=TOKENS)
     with (
         cache.lease("m@v1.0.0"),
         pytest.raises(
-            CacheMemoryError, match=r"m@v1.1.0 takes \S+ MB, and of \S+ MB there are \S+ MB in use; end a lease"
+            CacheMemoryError,
+            match=r"m@v1.1.0 takes \S+ MB and .*, and of \S+ MB there are \S+ MB in use, \S+ MB for calls; end a lease",
         ),
     ):
         cache.get_or_load("m@v1.1.0")
@@ -227,8 +235,76 @@ def test_leases_that_leave_no_room_are_waited_for_and_then_named(registry: Model
     assert waits.result().reference == "m@v1.1.0"
 
 
+def test_calls_wait_for_each_others_room_and_one_can_always_begin(
+    registry: ModelVersionManager, monkeypatch: pytest.MonkeyPatch
+):
+    cache = ModelCacheManager(room_for(2.2), version_manager=registry, patience=60, tokens_per_batch=TOKENS)
+    models = [cache.get_or_load(name) for name in ("m@v1.0.0", "m@v1.1.0")]
+    sequences = [PROTEIN * 6] * 12  # as many as a usual call has under way
+    usual = cache.get_cache_stats()["devices"]["cpu"]["calls_bytes"]
+    under_way, most = set[int](), 0
+    compute = Esm2Encoder.compute
+
+    def watched(*args: object, **kwargs: object) -> Iterator[object]:
+        nonlocal most
+        under_way.add(threading.get_ident())
+        most = max(most, len(under_way))
+        time.sleep(0.05)
+        yield from compute(*args, **kwargs)  # type: ignore[arg-type]
+        under_way.discard(threading.get_ident())
+
+    monkeypatch.setattr(Esm2Encoder, "compute", watched)
+    with ThreadPoolExecutor(8) as pool:
+        done = list(pool.map(lambda i: models[i % 2].embed(sequences)[0].tobytes(), range(8)))
+    assert most == 1
+    assert done == [ModelInterface(m.reference, registry).embed(sequences)[0].tobytes() for m in models] * 4
+    stats = cache.get_cache_stats()
+    assert (stats["loads"], stats["devices"]["cpu"]["calls_bytes"]) == (2, usual)
+    cache.update_cache_config({"max_memory_gb": 1})
+    most = 0
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda i: models[i % 2].embed(sequences), range(8)))
+    assert most > 1
+
+
+def test_a_call_without_room_is_refused_with_the_numbers_and_lets_nothing_go(registry: ModelVersionManager):
+    cache = ModelCacheManager(room_for(2.2), version_manager=registry, patience=0.1, tokens_per_batch=TOKENS)
+    model, _ = cache.preload("m@v1.0.0", "m@v1.1.0")
+    said = r"a call of m@v1\.0\.0 with 2 sequences of at most 20000 residues takes \S+ MB beside \S+ MB of weights, and the "
+    with pytest.raises(CacheMemoryError, match=said):
+        model.embed([PROTEIN, PROTEIN * 2000])
+    long = PROTEIN * 25
+    with pytest.raises(CacheMemoryError, match=r"a call of .* with 1 sequence of at most 250 residues"):
+        model.contacts([long])
+    assert len(cache.get_cache_stats()["models"]) == 2
+    model.embed([long])
+
+
+def test_a_call_lets_models_go_that_nobody_uses(registry: ModelVersionManager):
+    cache = ModelCacheManager(room_for(2.5), version_manager=registry, tokens_per_batch=TOKENS)
+    _, model = cache.preload("m@v1.0.0", "m@v1.1.0")
+    # As many tokens as take the room of a usual call and of one model more.
+    model.embed([PROTEIN * 35])
+    assert cache.get_cache_stats()["evictions"]["room"] == 1
+    assert cache.get_cached_model("m@v1.1.0") is not None
+
+
+def test_more_tokens_in_a_batch_are_room_too_and_refused_where_there_is_none(registry: ModelVersionManager):
+    cache = ModelCacheManager(room_for(2.2), version_manager=registry, tokens_per_batch=TOKENS)
+    cache.preload("m@v1.0.0", "m@v1.1.0")
+    with (
+        cache.lease("m@v1.0.0"),
+        pytest.raises(CacheMemoryError, match="the old settings stand"),
+    ):
+        cache.update_cache_config({"tokens_per_batch": 4096})
+    before = cache.get_cache_stats()
+    assert len(before["models"]) == 2
+    cache.update_cache_config({"tokens_per_batch": 1})
+    assert cache.get_cache_stats()["bytes"] < before["bytes"]
+
+
 def test_what_somebody_still_holds_counts_until_it_is_dropped(registry: ModelVersionManager):
-    cache = ModelCacheManager(room_for(1.5), version_manager=registry, patience=0.1, activation_tokens=0)
+    cache = ModelCacheManager(room_for(1.5), version_manager=registry, patience=0.1, tokens_per_batch=TOKENS)
     encoder = cache.get_or_load("m@v1.0.0").encoder()
     with pytest.raises(CacheMemoryError, match=r"there are \S+ MB let go and still held; "):
         cache.get_or_load("m@v1.1.0")
@@ -283,7 +359,7 @@ def test_ttl_lets_go_by_age(registry: ModelVersionManager):
 
 
 def test_settings_change_live_with_a_shrink_or_not_at_all(registry: ModelVersionManager):
-    cache = ModelCacheManager(room_for(3.5), version_manager=registry, activation_tokens=0)
+    cache = ModelCacheManager(room_for(3.5), version_manager=registry, tokens_per_batch=TOKENS)
     cache.preload("m@v1.0.0", "m@v1.1.0", "lab/n")
     cache.get_cached_model("m@v1.0.0")
     settings = cache.update_cache_config({"max_memory_gb": room_for(1.5), "eviction_policy": "lru"})
@@ -316,8 +392,9 @@ def test_settings_change_live_with_a_shrink_or_not_at_all(registry: ModelVersion
         ({"ttl": 3}, "eviction policy 'lru' has no ttl; leave ttl out, or use the policy 'ttl'"),
         ({"compression": "yes"}, "compression is 'yes'; use True or False"),
         ({"patience": -1}, "patience is -1; use a number, 0 or more"),
-        ({"activation_tokens": 1.5}, "activation_tokens is 1.5; use a whole number, 0 or more"),
-        ({"activation_tokens": -1}, "activation_tokens is -1; use a number, 0 or more"),
+        ({"tokens_per_batch": 64.5}, "tokens_per_batch is 64.5; use a whole number, 1 or more"),
+        ({"tokens_per_batch": 0}, "tokens_per_batch is 0; use a whole number, 1 or more"),
+        ({"tokens_per_batch": True}, "tokens_per_batch is True; use a whole number, 1 or more"),
     ],
 )
 def test_a_bad_value_is_refused_with_its_range_and_the_old_settings_serve(
@@ -398,7 +475,12 @@ def test_a_slow_source_is_kept_compressed_and_comes_back_bit_for_bit(
     registry: ModelVersionManager, precision: str, monkeypatch: pytest.MonkeyPatch
 ):
     cache = ModelCacheManager(
-        room_for(4), version_manager=registry, precision=precision, activation_tokens=0, eviction_policy="ttl", ttl=0.4
+        room_for(4),
+        version_manager=registry,
+        precision=precision,
+        tokens_per_batch=TOKENS,
+        eviction_policy="ttl",
+        ttl=0.4,
     )
     slow = residence.make_encoder
 
@@ -423,7 +505,9 @@ def test_a_slow_source_is_kept_compressed_and_comes_back_bit_for_bit(
 
 def test_a_fast_source_is_not_compressed_and_neither_is_any_without_compression(registry: ModelVersionManager):
     for compression in (True, False):
-        cache = ModelCacheManager(room_for(1.5), version_manager=registry, activation_tokens=0, compression=compression)
+        cache = ModelCacheManager(
+            room_for(1.5), version_manager=registry, tokens_per_batch=TOKENS, compression=compression
+        )
         cache._residence.settings = cache._residence.settings.changed({"compression": compression})
         cache.get_or_load("m@v1.0.0")
         resident = next(iter(cache._residence._residents.values()))
@@ -444,15 +528,32 @@ def test_warm_computes_and_preload_does_not(cache: ModelCacheManager):
 def test_the_text_for_prometheus_has_the_numbers_of_the_stats(cache: ModelCacheManager):
     cache.get_or_load("m")
     cache.get_cached_model("m")
-    lines = cache.prometheus().splitlines()
-    assert 'proteus_cache_requests_total{cache="model",result="hit"} 1' in lines
-    assert 'proteus_cache_requests_total{cache="model",result="miss"} 1' in lines
-    assert 'proteus_cache_limit_bytes{cache="model",device="cpu"} 4000000000' in lines
-    size = cache.get_cache_stats()["devices"]["cpu"]["models_bytes"]
-    assert f'proteus_cache_bytes{{cache="model",device="cpu",kind="models"}} {size}' in lines
-    assert sum(line.startswith("# TYPE") for line in lines) == len(
-        {line.split("{")[0] for line in lines if "{" in line}
-    )
+    families = {family.name: family for family in text_string_to_metric_families(cache.prometheus())}
+    found = {(s.name, *sorted(s.labels.items())): s.value for family in families.values() for s in family.samples}
+    stats = cache.get_cache_stats()
+    device = stats["devices"]["cpu"]
+
+    def value(name: str, **labels: str) -> float:
+        return found[f"proteus_cache_{name}", *sorted({"cache": "model", **labels}.items())]
+
+    assert value("requests_total", result="hit") == value("requests_total", result="miss") == 1
+    assert value("loads_total", source="weights") == stats["loads"] == 1
+    assert value("evictions_total", cause="room") == 0
+    assert value("limit_bytes", device="cpu") == device["limit_bytes"] == 4e9
+    for kind in ("models", "loading", "calls", "freeing", "compressed"):
+        assert value("bytes", device="cpu", kind=kind) == device[f"{kind}_bytes"]
+    assert value("load_seconds", quantile="0.95") == pytest.approx(stats["load_seconds"]["p95"])
+    assert families["proteus_cache_age_at_eviction_seconds"].samples == []
+    assert {family.type for family in families.values()} == {"counter", "gauge"}
+
+
+def test_a_scrape_is_of_the_moment(cache: ModelCacheManager):
+    registry = CollectorRegistry()
+    registry.register(cache)
+    labels = {"cache": "model", "result": "miss"}
+    before = registry.get_sample_value("proteus_cache_requests_total", labels)
+    cache.get_cached_model("m")
+    assert (before, registry.get_sample_value("proteus_cache_requests_total", labels)) == (0, 1)
 
 
 def test_a_detached_registry_of_no_repository_is_an_empty_one(tmp_path: Path):
