@@ -44,17 +44,35 @@ def real_weights() -> Checkpoint:
     return ModelInterface(MODEL).checkpoint
 
 
-def random_weights(shape: str) -> Checkpoint:
+def random_weights(shape: str, seed: int = 0) -> Checkpoint:
     """A model of an official shape, of random weights."""
     layers, width, heads = SHAPES[shape]
     architecture = Architecture(layers, width, heads, 4 * width)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     tensors = {
         name: torch.randn(size, generator=generator) * (0.02 if len(size) > 1 else 0.0) + ("norm" in name.lower())
         for name, size in trunk_shapes(architecture).items()
         if "inv_freq" not in name
     }
     return canonical(architecture, tensors, shape)
+
+
+def save_as_fair_esm(model: torch.nn.Module, path: Path) -> None:
+    """Write fair-esm's ESM2 as its servers hold one, with the regression of contacts in its own file."""
+    state = {
+        f"encoder.{'' if name.startswith('lm_') else 'sentence_encoder.'}{name}": tensor
+        for name, tensor in model.state_dict().items()
+        if not name.startswith("contact_")
+    }
+    settings = argparse.Namespace(
+        encoder_layers=model.num_layers,
+        encoder_embed_dim=model.embed_dim,
+        encoder_attention_heads=model.attention_heads,
+        token_dropout=model.token_dropout,
+    )
+    contacts = {name: tensor for name, tensor in model.state_dict().items() if name.startswith("contact_")}
+    torch.save({"cfg": {"model": settings}, "model": state}, path)
+    torch.save({"model": contacts}, path.with_name(f"{path.stem}-contact-regression.pt"))
 
 
 def with_fair_esm(model: torch.nn.Module, alphabet: object, proteins: list[tuple[str, str]]) -> dict[str, np.ndarray]:

@@ -58,6 +58,11 @@ class Norm:
     bias: torch.Tensor
     eps: float
 
+    @property
+    def nbytes(self) -> int:
+        """What it holds in memory."""
+        return self.weight.nbytes + self.bias.nbytes
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Return `x` normalised."""
         import torch
@@ -74,8 +79,6 @@ class Arithmetic:
         The dtype of what passes from one operation to the next.
     heads
         An architecture's heads, in the dtype that attention is computed in.
-    nbytes
-        What its norms and products hold in memory.
 
     """
 
@@ -84,7 +87,6 @@ class Arithmetic:
 
         self.architecture = architecture
         self.device = device
-        self.nbytes = 0
         self._tile = tile
         self._precision = precision
         self._on_cpu = device == "cpu"
@@ -100,27 +102,22 @@ class Arithmetic:
         """Return a layer norm by its name."""
         import torch
 
-        # Copies, here and below: where a file is mapped, its pages can be let go, and tensors begin at an aligned address.
+        # Copies, here and in the products: a mapped file's pages can be let go, and tensors begin at an aligned address.
         weight, bias = (
             tensors[f"{name}.{part}"].to(self.device, torch.float32, copy=True) for part in ("weight", "bias")
         )
-        self.nbytes += weight.nbytes + bias.nbytes
         return Norm(weight, bias, float(self.architecture.layer_norm_eps))
 
     def product(self, weight: torch.Tensor, bias: torch.Tensor, *, exact: bool = False, gelu: bool = False) -> Product:
         """Return the product with a weight and a bias, in this precision, or in fp32 where `exact` can be had."""
         import torch
 
-        weight, bias = (t.to(self.device, torch.float32, copy=True) for t in (weight, bias))
-        product: Product
+        weight, bias = (t.to(self.device, torch.float32) for t in (weight, bias))
         if self._precision == "fp32" or (exact and self._precision == "mixed" and self._on_cpu):
-            product = Fp32Product(weight, bias, gelu=gelu)
-        elif self._on_cpu and self._native and can_pack():
-            product = PackedBf16Product(weight, bias, self._tile, gelu=gelu)
-        else:
-            product = Bf16Product(weight, bias, native=self._native, gelu=gelu)
-        self.nbytes += product.nbytes
-        return product
+            return Fp32Product(weight, bias, gelu=gelu)
+        if self._on_cpu and self._native and can_pack():
+            return PackedBf16Product(weight, bias, self._tile, gelu=gelu)
+        return Bf16Product(weight, bias, native=self._native, gelu=gelu)
 
     def peak(self) -> float:
         """Return the rate of one large matrix product here and now, in this precision, FLOP/s."""
@@ -142,16 +139,22 @@ class Block:
         self._norm2 = arithmetic.norm(tensors, "LayerNorm")
         # A head's row i and row i + head_width / 2 are rotated together: one becomes the real part, the other the imaginary.
         pairs = torch.arange(a.width).view(a.heads, 2, a.head_width // 2).transpose(1, 2).reshape(-1)
-        parts = [
-            {p: tensors[f"attention.self.{n}.{p}"].float() for p in ("weight", "bias")}
-            for n in ("query", "key", "value")
-        ]
-        weight, bias = (torch.cat([parts[0][p][pairs], parts[1][p][pairs], parts[2][p]]) for p in ("weight", "bias"))
+        queries, keys, values = (_tensors(tensors, f"attention.self.{n}") for n in ("query", "key", "value"))
+        weight, bias = (
+            torch.cat([q.float()[pairs], k.float()[pairs], v.float()])
+            for q, k, v in zip(queries, keys, values, strict=True)
+        )
         self._qkv = arithmetic.product(weight, bias, exact=True)
         self._out = arithmetic.product(*_tensors(tensors, "attention.output.dense"), exact=True)
         self._up = arithmetic.product(*_tensors(tensors, "intermediate.dense"), gelu=True)
         self._down = arithmetic.product(*_tensors(tensors, "output.dense"))
         self.frequencies = tensors["attention.self.rotary_embeddings.inv_freq"].float().cpu().numpy().tobytes()
+
+    @property
+    def nbytes(self) -> int:
+        """What it holds in memory."""
+        parts = (self._norm1, self._norm2, self._qkv, self._out, self._up, self._down)
+        return sum(part.nbytes for part in parts)
 
     def project(self, batch: Batch, rows: slice) -> None:
         """Write a tile's queries and keys, rotated, and its values."""

@@ -78,10 +78,11 @@ class Esm2Encoder:
         self._tokens = _token_table(a)
         self._embedding = checkpoint.tensors[EMBEDDING].to(device, torch.float32, copy=True)
         self._norm_after = self._arithmetic.norm(checkpoint.tensors, "esm.encoder.emb_layer_norm_after")
-        self._blocks = []
-        for index in range(a.layers):
-            self._blocks.append(Block(self._arithmetic, checkpoint.layer(index)))
-            checkpoint.let_go()  # or all weights would be in memory twice: what is mapped, and the copies
+        self._blocks: list[Block] = []
+        with workers(thread_count() if self._on_cpu else 1) as pool:
+            for block in pool.ahead(lambda i: Block(self._arithmetic, checkpoint.layer(i)), range(a.layers)):
+                self._blocks.append(block)
+                checkpoint.let_go()  # or all weights would be in memory twice: what is mapped, and the copies
         self._tables: dict[bytes, torch.Tensor] = {}
         self._lock = threading.Lock()
 
@@ -272,11 +273,12 @@ class Esm2Encoder:
 
         Heads of a file that is mapped are read when they are asked for.
         """
+        held = self._norm_after.nbytes + sum(block.nbytes for block in self._blocks)
         first = 4 * _TABLE_ROWS * self.architecture.width
         tables = sum(
             self._tables[f].nbytes if f in self._tables else first for f in {b.frequencies for b in self._blocks}
         )
-        return self._embedding.nbytes + self._arithmetic.nbytes + self._heads_of.nbytes + tables
+        return self._embedding.nbytes + held + self._heads_of.nbytes + tables
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what is made again when it is asked for: tables, heads; and a lock can't be copied."""

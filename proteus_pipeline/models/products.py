@@ -47,10 +47,11 @@ class Fp32Product:
         # torch's GELU of a CPU has a coarser erf; its own passes are fewer with the root in the weights.
         self._erf = gelu and not weight.is_cuda
         self._gelu = gelu and weight.is_cuda
-        if self._erf:
-            weight, bias = weight * _ROOT, bias * _ROOT
         # Turned round in memory: BLAS would otherwise do that for every tile, at some hundredths of the time (measured, MKL).
-        self._weight, self._bias = weight.t().contiguous(), bias
+        self._weight, self._bias = turned(weight), bias.clone()
+        if self._erf:
+            self._weight *= _ROOT
+            self._bias *= _ROOT
         self.nbytes = self._weight.nbytes + bias.nbytes
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -75,7 +76,7 @@ class PackedBf16Product:
     Parameters
     ----------
     weight, bias
-        (out, in) and (out,), fp32.
+        (out, in) and (out,), fp32; both are copied.
     rows
         Of the tiles to come: the layout is chosen for them.
     gelu
@@ -84,7 +85,7 @@ class PackedBf16Product:
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor, rows: int, *, gelu: bool) -> None:
-        self._bias, self._rows = bias, rows
+        self._bias, self._rows = bias.clone(), rows
         self._weight = self._pack(weight.bfloat16())
         self.nbytes = 2 * weight.numel() + bias.nbytes
         self._then: tuple[str, list[float], str] = ("gelu", [], "none") if gelu else ("none", [], "")
@@ -124,7 +125,7 @@ class Bf16Product:
     Parameters
     ----------
     weight, bias
-        (out, in) and (out,), fp32.
+        (out, in) and (out,), fp32; both are copied.
     native
         Whether the device multiplies bf16.
     gelu
@@ -136,8 +137,9 @@ class Bf16Product:
         import torch
 
         self._native, self._gelu = native, gelu
-        rounded = weight.t().contiguous().bfloat16()
-        self._weight, self._bias = rounded if native else rounded.float(), bias
+        self._weight, self._bias = turned(weight.bfloat16()), bias.clone()
+        if not native:
+            self._weight = self._weight.float()
         self.nbytes = self._weight.nbytes + bias.nbytes
         self._sums = native and weight.is_cuda and _gives_sums(torch)
 
@@ -164,6 +166,11 @@ class Bf16Product:
         else:
             product = torch.mm(x, self._weight).float()  # rounded to bf16 on the way
         return product.add_(self._bias)
+
+
+def turned(weight: torch.Tensor) -> torch.Tensor:
+    """Return the transpose as rows of its own: in one pass, and in memory that is touched once."""
+    return weight.new_empty(weight.shape[::-1]).copy_(weight.t())
 
 
 def can_pack() -> bool:

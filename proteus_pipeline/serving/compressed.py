@@ -9,8 +9,9 @@ from __future__ import annotations
 import io
 import pickle
 import time
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any
+
+from proteus_pipeline.models.memory import give_back
 
 if TYPE_CHECKING:
     import torch
@@ -19,10 +20,13 @@ if TYPE_CHECKING:
     from proteus_pipeline.models.architecture import Architecture
 
 _SAMPLE_BYTES = 4 << 20
+_GIVEN_BACK_BYTES = 8 << 20
 
 
 class Packed:
     """A compressed encoder, whose tensors are freed one after the other as they are compressed: it can't be used any more.
+
+    Weights that are laid out for a kernel are copied into their usual order first; those are there until the encoder goes.
 
     Attributes
     ----------
@@ -41,10 +45,15 @@ class Packed:
         self.raw_bytes = sum(tensor.nbytes for tensor in pickler.kept)
         self._pickle = pickler.pickle
         self._parts = []
+        freed = 0
         for tensor in pickler.kept:
+            size = tensor.nbytes
             self._parts.append((codec.encode(_bytes(tensor)), tensor.dtype, tuple(tensor.shape)))
-            with suppress(RuntimeError):  # a file's pages: they are not this process's to free
-                tensor.untyped_storage().resize_(0)
+            tensor.data = tensor.new_empty(0)
+            freed += size
+            if freed > _GIVEN_BACK_BYTES:
+                freed = 0
+                give_back()  # or the copy would be there beside all that it was made from
         self.nbytes = len(self._pickle) + sum(len(part) for part, _, _ in self._parts)
 
     def unpack(self) -> Any:

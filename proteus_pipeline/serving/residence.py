@@ -8,11 +8,10 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-import weakref
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +23,7 @@ from proteus_pipeline.serving.budget import NOTHING, Budget, Wanted, megabytes
 from proteus_pipeline.serving.calls import Call
 from proteus_pipeline.serving.compressed import Packed, measure
 from proteus_pipeline.serving.flights import Flight, Flights
+from proteus_pipeline.serving.resident import Resident
 from proteus_pipeline.serving.settings import CacheSettings
 from proteus_pipeline.serving.statistics import Counts
 
@@ -36,38 +36,6 @@ _TICK = 0.05  # how often a load that waits for room looks again, seconds
 _WORTH = 0.8
 # Nothing here is unpacked faster, so that a sample need not be compressed to know that a source is: bytes a second.
 _FASTEST_UNPACKING = 4e9
-
-
-@dataclass(eq=False)
-class Resident:
-    """A model in memory.
-
-    Attributes
-    ----------
-    digest
-        Of the model.
-    encoder
-        The loaded model.
-    nbytes
-        Of its weights, measured.
-    seconds
-        What its source took to load.
-    since
-        When it was loaded.
-    leases
-        How many are computing with it, or said they will.
-    lent
-        Whether its encoder itself was handed out, so that nobody knows who computes with it.
-
-    """
-
-    digest: str
-    encoder: Encoder
-    nbytes: int
-    seconds: float
-    since: float
-    leases: int = 0
-    lent: bool = False
 
 
 class Residence:
@@ -352,7 +320,7 @@ class Residence:
         token = next(self._tokens)
         self._budget.freeing[token] = self._budget.held.pop(digest)
         self._budget.rooms.pop(digest, None)
-        weakref.finalize(resident.encoder, partial(self._gone.append, token)).atexit = False
+        resident.when_freed(partial(self._gone.append, token))
         self.counts.evictions[cause] += 1
         self.counts.ages.append(time.monotonic() - resident.since)
         return resident
@@ -364,34 +332,45 @@ class Residence:
 
     def _retire(self, removed: list[Resident], wanted: Wanted = NOTHING) -> None:
         """Let go of models, and keep compressed those that are worth it; nothing else here holds them."""
-        if not removed:
-            return
         while removed:
             resident = removed.pop()
-            if self._is_worth_packing(resident, wanted):
-                digest, seconds = resident.digest, resident.seconds
-                packed = Packed(resident.encoder, resident.encoder.architecture)
-                del resident  # its bytes are off the books before the copy's are on them
-                with self._changed:
-                    self._settle()
-                    # Others may have loaded meanwhile: then there is no room for a copy any more.
-                    if self._budget.total(wanted) + packed.nbytes <= self._budget.limit:
-                        self._packed[digest] = packed, seconds
-                        self._budget.compressed[digest] = packed.nbytes
-        give_back()
+            usable = self.settings.compression and self.device == "cpu" and not resident.leases and not resident.lent
+            if usable and resident.seconds * _FASTEST_UNPACKING > resident.nbytes:
+                self._pack(resident, wanted)
 
-    def _is_worth_packing(self, resident: Resident, wanted: Wanted) -> bool:
-        """Say whether a copy would be unpacked sooner than its source is loaded, as measured, and has room beside what is wanted."""
-        usable = self.settings.compression and self.device == "cpu" and not resident.leases and not resident.lent
-        if not usable or resident.seconds * _FASTEST_UNPACKING < resident.nbytes:
-            return False
-        share, seconds_a_byte = measure(resident.encoder)
-        if seconds_a_byte * resident.nbytes > _WORTH * resident.seconds:
-            return False
+    def _pack(self, resident: Resident, wanted: Wanted) -> None:
+        """Keep a copy of a model, where it would be unpacked sooner than its source is loaded, as measured, and has room."""
+        digest, seconds, nbytes = resident.digest, resident.seconds, resident.nbytes
+        # In fp32 a tensor is freed as its copy is made; else all are there twice, see Packed, and the copy beside them.
+        beside = 0 if self.precision == "fp32" else 2 * nbytes
         with self._changed:
             self._settle()
-            after = self._budget.total(wanted) - resident.nbytes + int(share * resident.nbytes)
-            return after <= self._budget.limit and resident.digest not in self._residents
+            if self._budget.total(wanted) + beside > self._budget.limit:
+                return
+            token = next(self._tokens)
+            self._budget.freeing[token] = beside
+        packed = None
+        try:
+            share, seconds_a_byte = measure(resident.encoder)
+            with self._changed:
+                has_room = self._budget.total(wanted) + (share - 1) * nbytes <= self._budget.limit
+            if has_room and seconds_a_byte * nbytes < _WORTH * seconds:
+                packed = Packed(resident.encoder, resident.encoder.architecture)
+        finally:
+            del resident.encoder  # its bytes are off the books before the copy's are on them
+            with self._changed:
+                self._settle()
+                del self._budget.freeing[token]
+                if packed and digest not in self._residents:
+                    self._keep(digest, packed, seconds, wanted)
+                del packed
+                give_back()  # before anybody else has room
+
+    def _keep(self, digest: str, packed: Packed, seconds: float, wanted: Wanted) -> None:
+        """Enter a copy, unless others have loaded meanwhile and there is no room for it any more."""
+        if self._budget.total(wanted) + packed.nbytes <= self._budget.limit:
+            self._packed[digest] = packed, seconds
+            self._budget.compressed[digest] = packed.nbytes
 
     def _drop_copy(self, digest: str) -> None:
         self._packed.pop(digest, None)

@@ -1,0 +1,137 @@
+"""How long from a version's name to its first embedding, the second time, and in how much memory, against fair-esm's loader?
+
+A model of the 650M's shape with random weights is saved as fair-esm saves one, and registered from that file; both lie in a
+temporary folder, which takes 6 GB. Each measurement is a process of its own, after ``import torch`` and with the files in the
+page cache: fair-esm's load_model_and_alphabet_local and one protein through it; ModelCacheManager.get_or_load and the same
+protein. The vectors have to agree. Memory is the process's peak, over the bytes of the weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+LAYERS, WIDTH, HEADS = 33, 1280, 20
+FILE = "esm2_t33_650M_UR50D.pt"  # by its name fair-esm knows what is in it
+PROTEIN = "MKTAYIAKQRQISFVKSHFSRQLEERLGLIEVQ"
+# Of this program alone: ru_maxrss would hold the peak of the process that started it too.
+PEAK = 'next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))'
+PROGRAM = f"""
+import argparse, json, sys, time, torch
+torch.set_num_threads(int(sys.argv[3]))
+place, protein = sys.argv[1], sys.argv[2]
+began = time.perf_counter()
+LOAD
+loaded = time.perf_counter()
+EMBED
+ended = time.perf_counter()
+print(json.dumps([loaded - began, ended - loaded, {PEAK}, vector.tolist()]))
+"""
+THEIRS = PROGRAM.replace(
+    "LOAD",
+    """import esm
+torch.serialization.add_safe_globals([argparse.Namespace])
+model, alphabet = esm.pretrained.load_model_and_alphabet_local(place)
+model.eval()""",
+).replace(
+    "EMBED",
+    """_, _, tokens = alphabet.get_batch_converter()([("protein", protein)])
+with torch.no_grad():
+    hidden = model(tokens, repr_layers=[model.num_layers])["representations"][model.num_layers]
+vector = hidden[0, 1:-1].mean(0)""",
+)
+OURS = PROGRAM.replace(
+    "LOAD",
+    """from pathlib import Path
+from proteus_pipeline import ModelCacheManager, ModelVersionManager
+cache = ModelCacheManager(8, version_manager=ModelVersionManager(Path(place)), numerics="NUMERICS")
+model = cache.get_or_load("random")""",
+).replace("EMBED", "(vector,) = model.embed([protein])")
+
+
+def build(folder: Path) -> None:
+    """Write the checkpoint as fair-esm does, and register it in ``home``."""
+    import esm
+    import torch
+    from _proteins import save_as_fair_esm
+
+    from proteus_pipeline import ModelInterface, ModelVersionManager
+
+    torch.manual_seed(0)
+    save_as_fair_esm(esm.ESM2(LAYERS, WIDTH, HEADS), folder / FILE)
+    manager = ModelVersionManager(folder / "home")
+    version = manager.register_version(ModelInterface("random", manager, weights=folder / FILE), "1.0.0")
+    print(sum(path.stat().st_size for name, path in version.files.items() if name.endswith(".safetensors")))
+
+
+class Run(NamedTuple):
+    """One process: seconds to load and to embed, KiB at the peak, and the vector."""
+
+    load: float
+    embed: float
+    peak: int
+    vector: list[float]
+
+    @property
+    def total(self) -> float:
+        return self.load + self.embed
+
+
+def measure(program: str, place: Path, residues: int, threads: int) -> Run:
+    protein = (PROTEIN * (residues // len(PROTEIN) + 1))[:residues]
+    command = [sys.executable, "-c", program, str(place), protein, str(threads)]
+    # Compiled once, as an installed package is, also where the environment says that nothing compiled is kept.
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+    environment["PYTHONPYCACHEPREFIX"] = str(place.parent / "compiled")
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    return Run(*json.loads(done.stdout))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--residues", type=int, default=len(PROTEIN))
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="model-load-") as name:
+        folder = Path(name)
+        # In a process of its own: its memory would be counted as its children's otherwise.
+        built = subprocess.run([sys.executable, __file__, "--build", name], check=True, capture_output=True, text=True)
+        weights = int(built.stdout)
+        sides = {"fair-esm": (THEIRS, folder / FILE)} | {
+            numerics: (OURS.replace("NUMERICS", numerics), folder / "home") for numerics in ("strict", "tolerant")
+        }
+        runs: dict[str, list[Run]] = {side: [] for side in sides}
+        for round_ in range(args.rounds + 1):
+            for side, (program, place) in sides.items():
+                run = measure(program, place, args.residues, args.threads)
+                if round_:  # the first brings the files into the page cache
+                    runs[side].append(run)
+    print(
+        f"{weights / 1e9:.2f} GB, a protein of {args.residues} residues, {args.threads} threads, medians of {args.rounds}"
+    )
+    theirs = runs["fair-esm"]
+    for side, mine in runs.items():
+        load, embed = (statistics.median(r[i] for r in mine) for i in (0, 1))
+        loads = statistics.median(t.load / m.load for t, m in zip(theirs, mine, strict=True))
+        totals = statistics.median(t.total / m.total for t, m in zip(theirs, mine, strict=True))
+        apart = max(abs(a - b) for a, b in zip(theirs[0].vector, mine[0].vector, strict=True))
+        peak = max(r.peak for r in mine) * 1024 / weights
+        print(
+            f"{side:<9} loaded in {load:5.2f} s, embedded in {embed:5.2f} s: {loads:4.1f} and in all {totals:4.1f} x fair-esm"
+            f" (bar 5); peak {peak:.2f} x the weights (bar 1.2); vectors apart {apart:.1e}"
+        )
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--build"]:
+        build(Path(sys.argv[2]))
+    else:
+        main()

@@ -1,0 +1,198 @@
+"""How many seconds of loading does each eviction policy cost on a recorded trace, and what does `cost` save against `lru`?
+
+The trace (model_trace.csv) was recorded by ``--record``: nine models of ESM-2's shapes from 8M to 650M, registered versions and
+fair-esm files, each loaded by ModelCacheManager at every request, so that a row holds what that load took. The loads are real;
+who asks for what is drawn by a seed: a service's requests for two popular models, notebooks that stay with one model for a while,
+and nightly comparisons of all. It is replayed by the policies and the choice of evictions that the cache uses, at budgets of a
+tenth to half of all bytes. Then, live: smaller models in a real cache, the same requests by either policy in turn, seconds by the
+clock. ``python benchmarks/model_policies.py``
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import random
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from proteus_pipeline import ModelCacheManager, ModelInterface, ModelVersionManager
+from proteus_pipeline.eviction.budget import to_evict
+from proteus_pipeline.eviction.policies import POLICIES, Policy, make_policy
+
+TRACE = Path(__file__).with_name("model_trace.csv")
+BAR = 0.20
+SHARES = (0.1, 0.2, 0.3, 0.5)
+REQUESTS, LIVE_REQUESTS = 600, 400
+# Name, shape, and whether it is a fair-esm file: read whole, where a registered version is mapped.
+MODELS = (
+    ("base-650M", "650M", False),
+    ("tuned-650M", "650M", False),
+    ("base-150M", "150M", False),
+    ("lab-a-150M", "150M", True),
+    ("lab-b-150M", "150M", True),
+    ("base-35M", "35M", False),
+    ("lab-a-35M", "35M", True),
+    ("base-8M", "8M", False),
+    ("lab-a-8M", "8M", True),
+)
+LIVE_BLOCKS = 2  # of each shape, where models are loaded by the hundred
+POPULAR = ("base-650M", "lab-a-150M")
+
+
+@dataclass(frozen=True)
+class Request:
+    """A row: when, in seconds; which model, of how many bytes; what its load took."""
+
+    at: float
+    model: str
+    nbytes: int
+    seconds: float
+
+
+def asked(count: int, seed: int = 0) -> list[tuple[float, str]]:
+    """Draw who asks for what, and when."""
+    dice, names = random.Random(seed), [name for name, _, _ in MODELS]
+    events: list[tuple[float, str]] = []
+    night = count / 4  # seconds between comparisons; about two requests a second
+    while len(events) < count:
+        at = dice.uniform(0, count / 2)
+        kind = dice.random()
+        if kind < 0.6:
+            events.append((at, dice.choices(POPULAR, (2, 1))[0]))
+        else:
+            model = dice.choice(names)
+            events += [(at + 3 * i + dice.random(), model) for i in range(dice.randint(4, 12))]
+    for comparison in range(3):
+        events += [(comparison * night + i, name) for i, name in enumerate(names)]
+    return sorted(events)[:count]
+
+
+def replay(trace: list[Request], name: str, limit: int) -> tuple[float, int]:
+    """Return the seconds of loading and the loads of a policy; a model larger than the limit is loaded and not kept."""
+    # Models expire after a quarter of the trace, where the policy asks for a time.
+    policy: Policy[str] = make_policy(name, ttl=trace[-1].at / 4 if name == "ttl" else None)
+    held: dict[str, int] = {}
+    seconds, loads = 0.0, 0
+    for request in trace:
+        for gone in to_evict(policy, sum(held.values()), limit, time=request.at):
+            policy.evicted(gone)
+            del held[gone]
+        if request.model in held:
+            policy.used(request.model, request.at)
+            continue
+        seconds, loads = seconds + request.seconds, loads + 1
+        if request.nbytes > limit:
+            continue
+        for gone in to_evict(policy, sum(held.values()) + request.nbytes, limit, time=request.at):
+            policy.evicted(gone)
+            del held[gone]
+        policy.added(request.model, request.nbytes, request.seconds, request.at)
+        held[request.model] = request.nbytes
+    return seconds, loads
+
+
+def models(folder: Path, *, blocks: int | None = None) -> tuple[ModelVersionManager, dict[str, ModelInterface]]:
+    """Write the models, of `blocks` blocks where that is given, and register those that are."""
+    from _proteins import SHAPES, random_weights, save_as_fair_esm
+
+    from proteus_pipeline.models.fair_esm import to_fair_esm
+
+    manager, found = ModelVersionManager(folder / "home"), {}
+    for number, (name, shape, loose) in enumerate(MODELS):
+        layers, width, heads = SHAPES[shape]
+        SHAPES[name] = (blocks or layers, width, heads)
+        checkpoint = random_weights(name, seed=number)
+        if loose:
+            save_as_fair_esm(to_fair_esm(checkpoint)[0], folder / f"{name}.pt")
+            found[name] = ModelInterface(name, manager, weights=folder / f"{name}.pt")
+        else:
+            manager.register_version(Given(name, checkpoint), "1.0.0")
+            found[name] = ModelInterface(name, manager)
+    return manager, found
+
+
+@dataclass(frozen=True)
+class Given:
+    """A model to register."""
+
+    name: str
+    checkpoint: object
+    source: tuple[()] = ()
+
+
+def record(path: Path) -> None:
+    """Load a model at every request, and write what it took."""
+    with tempfile.TemporaryDirectory(prefix="model-trace-") as folder:
+        manager, found = models(Path(folder))
+        cache = ModelCacheManager(None, version_manager=manager, compression=False)
+        with path.open("w", newline="") as file:
+            rows = csv.writer(file)
+            rows.writerow(["at_seconds", "model", "bytes", "load_seconds"])
+            for at, name in asked(REQUESTS):
+                began = time.perf_counter()
+                cache.cache_model(found[name])
+                seconds = time.perf_counter() - began
+                rows.writerow(
+                    [f"{at:.2f}", name, next(iter(cache.get_cache_stats()["models"].values())), f"{seconds:.4f}"]
+                )
+                cache.clear_cache()
+
+
+def live(folder: Path) -> dict[str, float]:
+    """Return the seconds of loading by either policy in a real cache, as its own statistics have them."""
+    manager, found = models(folder, blocks=LIVE_BLOCKS)
+    whole = ModelCacheManager(None, version_manager=manager, compression=False)
+    whole.preload(*found.values())
+    limit = sum(whole.get_cache_stats()["models"].values()) * 0.3
+    room = whole.get_cache_stats()["devices"]["cpu"]["calls_bytes"]
+    del whole
+    seconds: dict[str, list[float]] = {"lru": [], "cost": []}
+    for _ in range(3):
+        for policy, taken in seconds.items():
+            cache = ModelCacheManager((limit + room) / 1e9, policy, compression=False, version_manager=manager)
+            total = 0.0
+            for _, name in asked(LIVE_REQUESTS, seed=1):
+                before = cache.get_cache_stats()["loads"]
+                began = time.perf_counter()
+                cache.get_or_load(found[name])
+                if cache.get_cache_stats()["loads"] > before:
+                    total += time.perf_counter() - began
+            taken.append(total)
+    return {policy: statistics.median(taken) for policy, taken in seconds.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--record", action="store_true", help="write the trace anew: some minutes and 12 GB of /tmp")
+    args = parser.parse_args()
+    if args.record:
+        record(TRACE)
+    with TRACE.open() as file:
+        trace = [
+            Request(float(r["at_seconds"]), r["model"], int(r["bytes"]), float(r["load_seconds"]))
+            for r in csv.DictReader(file)
+        ]
+    total = sum({r.model: r.nbytes for r in trace}.values())
+    print(f"{len(trace)} requests for {len({r.model for r in trace})} models of {total / 1e9:.1f} GB in all")
+    saved = []
+    for share in SHARES:
+        results = {name: replay(trace, name, int(share * total)) for name in POLICIES}
+        told = ", ".join(f"{name} {seconds:.0f} s ({loads} loads)" for name, (seconds, loads) in results.items())
+        saved.append(1 - results["cost"][0] / results["lru"][0])
+        print(f"a budget of {share:3.0%}: {told}; cost saves {saved[-1]:.0%} of lru's")
+    print(f"cost saves {statistics.median(saved):.0%} of the seconds of lru, the median of the budgets (bar {BAR:.0%})")
+    with tempfile.TemporaryDirectory(prefix="model-live-") as folder:
+        seconds = live(Path(folder))
+    share = 1 - seconds["cost"] / seconds["lru"]
+    print(
+        f"live, {LIVE_REQUESTS} requests: lru {seconds['lru']:.2f} s, cost {seconds['cost']:.2f} s: saves {share:.0%}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
