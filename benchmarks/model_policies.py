@@ -146,15 +146,17 @@ def record(path: Path) -> None:
 def live(folder: Path) -> dict[str, float]:
     """Return the seconds of loading by either policy in a real cache, as its own statistics have them."""
     manager, found = models(folder, blocks=LIVE_BLOCKS)
-    whole = ModelCacheManager(None, version_manager=manager, compression=False)
+    whole = ModelCacheManager(None, version_manager=manager, compression=False, tokens_per_batch=64)
     whole.preload(*found.values())
-    limit = sum(whole.get_cache_stats()["models"].values()) * 0.3
+    limit = sum(whole.get_cache_stats()["models"].values()) * 0.4
     room = whole.get_cache_stats()["devices"]["cpu"]["calls_bytes"]
     del whole
     seconds: dict[str, list[float]] = {"lru": [], "cost": []}
     for _ in range(3):
         for policy, taken in seconds.items():
-            cache = ModelCacheManager((limit + room) / 1e9, policy, compression=False, version_manager=manager)
+            cache = ModelCacheManager(
+                (limit + room) / 1e9, policy, compression=False, version_manager=manager, tokens_per_batch=64
+            )
             total = 0.0
             for _, name in asked(LIVE_REQUESTS, seed=1):
                 before = cache.get_cache_stats()["loads"]

@@ -91,6 +91,12 @@ class Policy(ABC, Generic[K]):
             item.uses += 1
             item.last = max(item.last, time)
 
+    def resized(self, key: K, size: int) -> None:
+        """Enter another size of a key that is here; what it costs, and where it stands, is as before until it is used."""
+        item = self._items.get(key)
+        if item is not None:
+            item.size = size
+
     def removed(self, key: K) -> None:
         """Forget a key that went for another reason than room: deleted, invalidated, damaged."""
         self._items.pop(key, None)

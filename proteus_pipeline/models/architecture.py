@@ -87,6 +87,8 @@ def resolve_layer(layer: int, layers: int) -> int:
         When the model has no such layer.
 
     """
+    if isinstance(layer, bool) or not isinstance(layer, int):
+        raise ConfigError(f"embedding.layer is {layer!r}", "use a whole number; -1 is the last layer")
     resolved = layer if layer >= 0 else layers + 1 + layer
     if not 0 <= resolved <= layers:
         raise ConfigError(

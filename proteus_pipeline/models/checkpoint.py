@@ -75,10 +75,22 @@ class KnownTensors(Mapping[str, "torch.Tensor"]):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An architecture and its tensors by canonical name; tensors may be memory-mapped, and read when touched."""
+    """An architecture and its tensors by canonical name; tensors may be memory-mapped, and read when touched.
+
+    Attributes
+    ----------
+    architecture
+        What the tensors fit.
+    tensors
+        By canonical name.
+    mapped
+        Whether their memory is a file's, and the system's to take back.
+
+    """
 
     architecture: Architecture
     tensors: Mapping[str, torch.Tensor]
+    mapped: bool = False
 
     @cached_property
     def tensor_digests(self) -> dict[str, str]:
@@ -108,12 +120,12 @@ class Checkpoint:
         if isinstance(self.tensors, KnownTensors):
             return self
         needed = {n: t for n, t in self.tensors.items() if component_of(n) != TRUNK or n == EMBEDDING}
-        return Checkpoint(self.architecture, needed)
+        return Checkpoint(self.architecture, needed, self.mapped)
 
     @property
     def nbytes(self) -> int:
         """Bytes of tensors that are held in memory; mapped ones are the system's, which takes them back as it needs."""
-        if isinstance(self.tensors, KnownTensors):
+        if self.mapped or isinstance(self.tensors, KnownTensors):
             return 0
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
@@ -138,7 +150,9 @@ def component_digests(architecture: Architecture, tensor_digests: Mapping[str, s
     return {name: digests.of_component(name, identity, tensors) for name, tensors in sorted(parts.items())}
 
 
-def canonical(architecture: Architecture, tensors: Mapping[str, torch.Tensor], origin: str) -> Checkpoint:
+def canonical(
+    architecture: Architecture, tensors: Mapping[str, torch.Tensor], origin: str, *, mapped: bool = False
+) -> Checkpoint:
     """Apply the two rules above, and check that the trunk is whole.
 
     Parameters
@@ -149,6 +163,8 @@ def canonical(architecture: Architecture, tensors: Mapping[str, torch.Tensor], o
         By Hugging Face's names, with or without the ``esm.`` prefix.
     origin
         What to call the file in an error.
+    mapped
+        Whether the tensors are a mapped file's.
 
     Raises
     ------
@@ -191,7 +207,7 @@ def canonical(architecture: Architecture, tensors: Mapping[str, torch.Tensor], o
         name = _LAYER.format(index) + _INV_FREQ
         kept[name] = kept[name].float() if name in kept else inv_freq(architecture) if shared is None else shared
     _check_trunk(architecture, kept, origin)
-    return Checkpoint(architecture, dict(sorted(kept.items())))
+    return Checkpoint(architecture, dict(sorted(kept.items())), mapped)
 
 
 def inv_freq(architecture: Architecture) -> torch.Tensor:

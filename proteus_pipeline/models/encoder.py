@@ -6,7 +6,7 @@ A family is a module with an encoder class that keeps to `Encoder`, and a row in
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, Protocol
@@ -15,6 +15,7 @@ from proteus_pipeline.errors import ConfigError, ModelError
 from proteus_pipeline.models.architecture import Architecture
 from proteus_pipeline.models.attention import PROBABILITY_BYTES
 from proteus_pipeline.models.checkpoint import Checkpoint
+from proteus_pipeline.models.device import has_bf16
 
 if TYPE_CHECKING:
     import numpy as np
@@ -97,8 +98,8 @@ class Encoder(Protocol):
 
     def compute(
         self, sequences: Sequence[str], outputs: Outputs, token_budget: int = TOKENS_PER_BATCH
-    ) -> Iterator[tuple[int, Encoded]]:
-        """Yield, for each sequence in some order, its index and its outputs.
+    ) -> Generator[tuple[int, Encoded], None, None]:
+        """Yield, for each sequence in some order, its index and its outputs; nothing computes any more once it is closed.
 
         Parameters
         ----------
@@ -132,16 +133,17 @@ class Encoder(Protocol):
         """Return the rate of one large matrix product here and now, in this precision, FLOP/s: the ceiling of all work."""
 
 
-def weight_bytes(architecture: Architecture, precision: str) -> int:
+def weight_bytes(architecture: Architecture, precision: str, device: str = "cpu") -> int:
     """Return about how many bytes an encoder of a trunk will hold, before one is made: 4 a weight, or 2 in bf16.
 
-    ``mixed`` counts as fp32: on a CPU a third of its products is. Rotary tables of 1,024 positions are counted, for they are
-    made with the first sequence.
+    ``mixed`` counts as fp32: on a CPU a third of its products is; and so does bf16 on a CPU that has no instructions for it, where
+    the rounded numbers are kept as fp32. Rotary tables of 1,024 positions are counted: they are made with the first sequence.
     """
     a, d = architecture, architecture.width
     products = a.layers * (4 * d * d + 2 * d * a.ffn_width)
     rest = a.layers * (8 * d + d + a.ffn_width) + (len(a.tokens) + 2) * d  # biases and norms, embedding, the last norm
-    return (2 if precision == "bf16" else 4) * products + 4 * rest + 1024 * 4 * d
+    halves = precision == "bf16" and (device != "cpu" or has_bf16())
+    return (2 if halves else 4) * products + 4 * rest + 1024 * 4 * d
 
 
 def activation_bytes(
@@ -151,7 +153,8 @@ def activation_bytes(
 
     Of each token under way: the residual, queries, keys and values, context, rotations, a layer that is kept and its copy, 12
     widths of fp32 in all. Each thread has a batch, one more is done and waits to be taken, and a tile of the feed-forward is
-    there three times. Measured on widths of 32 to 1,280 and 33 to 4,000 residues, a call took 0.3 to 1.1 of that.
+    there three times; and rotary tables may be made for the longest. Measured on widths of 32 to 1,280 and 33 to 4,000
+    residues, a call took 0.3 to 1.1 of that.
 
     Parameters
     ----------
@@ -174,7 +177,8 @@ def activation_bytes(
     head = 4 * longest * longest
     maps = 5 * threads * max(head, min(architecture.heads * head, PROBABILITY_BYTES)) if attention else 0
     tiles = 12 * architecture.ffn_width * ROW_TILE * threads
-    return 48 * architecture.width * under_way + tiles + maps
+    tables = 8 * architecture.width * longest
+    return 48 * architecture.width * under_way + tables + tiles + maps
 
 
 def check_options(precision: str, numerics: str) -> None:

@@ -17,7 +17,7 @@ attention kernel's.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import cached_property, partial
 from inspect import signature
 from typing import TYPE_CHECKING, Any
@@ -103,7 +103,7 @@ class Esm2Encoder:
 
     def compute(
         self, sequences: Sequence[str], outputs: Outputs, token_budget: int = TOKENS_PER_BATCH
-    ) -> Iterator[tuple[int, Encoded]]:
+    ) -> Generator[tuple[int, Encoded], None, None]:
         """Yield each sequence's index and its outputs; see `proteus_pipeline.models.encoder.Encoder`."""
         depth = self.architecture.layers
         if not all(0 <= n <= depth for n in outputs.layers) or not all(0 < n <= depth for n in outputs.received):

@@ -117,6 +117,7 @@ def read_folder(files: Mapping[str, Path], origin: str) -> Checkpoint:
     The files need not lie together: a version's lie in the DVC cache, under their content's names.
     """
     architecture = read_architecture(files, origin)
+    mapped = True
     if INDEX in files:
         names = read_weight_map(files, origin)
         tensors: dict[str, torch.Tensor] = {}
@@ -127,10 +128,11 @@ def read_folder(files: Mapping[str, Path], origin: str) -> Checkpoint:
     elif _SAFETENSORS in files:
         tensors = _read_safetensors(files[_SAFETENSORS])
     elif _PICKLE in files:
-        tensors = _tensors(_read_pickle(files[_PICKLE]), files[_PICKLE])
+        value, mapped = _read_pickle(files[_PICKLE])
+        tensors = _tensors(value, files[_PICKLE])
     else:
         raise ModelError(f"{origin} has no {_SAFETENSORS}, {INDEX} or {_PICKLE}", _GIVE)
-    return canonical(architecture, tensors, origin)
+    return canonical(architecture, tensors, origin, mapped=mapped)
 
 
 def read_weight_map(files: Mapping[str, Path], origin: str) -> dict[str, str]:
@@ -217,18 +219,20 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
         raise ModelError(f"{path} is no readable safetensors file ({error})", "fetch it again") from error
 
 
-def _read_pickle(path: Path) -> Any:
+def _read_pickle(path: Path) -> tuple[Any, bool]:
+    """Return what a file of torch.save holds, and whether its tensors are mapped."""
     import torch
 
     try:
-        # fair-esm's files hold their arguments as a Namespace, which weights_only refuses unless it is named.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            try:
-                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            except RuntimeError as error:
-                if "mmap" not in str(error):
-                    raise
-                return torch.load(path, map_location="cpu", weights_only=True)  # written before torch 1.6
+        # fair-esm's files hold their arguments as a Namespace, which weights_only refuses unless it is named. For good: within
+        # a block it would be taken away from another thread that reads at the same time.
+        torch.serialization.add_safe_globals([argparse.Namespace])
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True), True
+        except RuntimeError as error:
+            if "mmap" not in str(error):
+                raise
+            return torch.load(path, map_location="cpu", weights_only=True), False  # written before torch 1.6
     except Exception as error:  # a damaged pickle fails in any way that the unpickler's steps can
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
@@ -246,7 +250,7 @@ def _tensors(value: Any, path: Path) -> dict[str, torch.Tensor]:
 
 
 def _read_fair_esm(path: Path, regression: Path | None, origin: str) -> Checkpoint:
-    data = _read_pickle(path)
+    data, mapped = _read_pickle(path)
     if not (isinstance(data, dict) and isinstance(data.get("model"), dict) and isinstance(data.get("cfg"), dict)):
         raise ModelError(f"{path} is no ESM-2 checkpoint of fair-esm (a dict with 'model' and 'cfg')", _GIVE)
     cfg = data["cfg"].get("model")
@@ -257,11 +261,11 @@ def _read_fair_esm(path: Path, regression: Path | None, origin: str) -> Checkpoi
         raise ModelError(f"{path}: its cfg is not an ESM-2's ({error})", _GIVE) from error
     tensors = _tensors(data["model"], path)
     if regression is not None:
-        contacts = _read_pickle(regression)
+        contacts, _ = _read_pickle(regression)
         tensors |= _tensors(contacts.get("model") if isinstance(contacts, dict) else contacts, regression)
     # fair-esm fixes these: ffn 4 x width, layer norm eps 1e-5, the ESM-1b alphabet (esm/model/esm2.py).
     architecture = Architecture(layers, width, heads, 4 * width, token_dropout=token_dropout)
-    return canonical(architecture, {fair_esm_to_hf(name): t for name, t in tensors.items()}, origin)
+    return canonical(architecture, {fair_esm_to_hf(name): t for name, t in tensors.items()}, origin, mapped=mapped)
 
 
 def fair_esm_to_hf(name: str) -> str:

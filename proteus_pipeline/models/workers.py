@@ -59,7 +59,8 @@ class _Threads:
     """How many threads torch has; the calls under way, which each compute with one, have them together.
 
     What a thread sets is MKL's number in all of them, and what a new thread starts with: were it raised again as one call
-    ends, others would multiply with more threads than one.
+    ends, others would multiply with more threads than one. And a thread that began in a call's time has one for ever: what the
+    process's number is, only a new thread can tell, while no call is under way.
     """
 
     def __init__(self) -> None:
@@ -67,10 +68,8 @@ class _Threads:
         self._calls, self._before = 0, 1
 
     def count(self) -> int:
-        import torch
-
         with self._lock:
-            return self._before if self._calls else torch.get_num_threads()
+            return self._before if self._calls else _of_a_new_thread()
 
     @contextmanager
     def taken(self) -> Iterator[None]:
@@ -78,7 +77,7 @@ class _Threads:
 
         with self._lock:
             if not self._calls:
-                self._before = torch.get_num_threads()
+                self._before = _of_a_new_thread()
             self._calls += 1
         try:
             yield
@@ -87,6 +86,16 @@ class _Threads:
                 self._calls -= 1
                 if not self._calls:
                     torch.set_num_threads(self._before)
+
+
+def _of_a_new_thread() -> int:
+    import torch
+
+    seen: list[int] = []
+    thread = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    return seen[0]
 
 
 _threads = _Threads()

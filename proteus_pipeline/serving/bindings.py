@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from proteus_pipeline.errors import CacheInvalidationError, ConfigError, StorageError, VersionNotFoundError
+from proteus_pipeline.errors import (
+    CacheInvalidationError,
+    ConfigError,
+    IntegrityError,
+    StorageError,
+    VersionNotFoundError,
+)
 from proteus_pipeline.identity.names import Reference
 from proteus_pipeline.registry.places import registry_home
 from proteus_pipeline.registry.version import ModelVersion
@@ -34,6 +43,8 @@ class Binding:
         Theirs; asked for once they are wanted.
     version
         The registered version, or None.
+    source
+        Where weights that are not registered came from, as `ModelInterface.source` has it.
 
     """
 
@@ -42,15 +53,21 @@ class Binding:
     open: Callable[[], Checkpoint]
     architecture: Callable[[], Architecture]
     version: ModelVersion | None = None
+    source: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Bindings:
-    """Names of one registry; where it has not changed, a look at three files' times tells so."""
+    """Names of one registry; where it has not changed, a look at three files' times tells so.
+
+    Weights that are not registered are known by the name they were given under, and those of a catalogue by ``NAME@vX.Y.Z``.
+    """
 
     def __init__(self, manager: ModelVersionManager | None) -> None:
         self._given = manager
         self._known: dict[str, tuple[tuple[int, ...], ModelVersion]] = {}
         self._loose: dict[str, Binding] = {}
+        self._entering: dict[str, threading.Lock] = {}
+        self._digests: dict[str, str] = {}  # by reference, of all that was ever bound
 
     @property
     def manager(self) -> ModelVersionManager:
@@ -73,21 +90,30 @@ class Bindings:
 
         """
         if isinstance(model, ModelVersion):
-            return _registered(model)
+            return self._noted(_registered(model))
         if isinstance(model, ModelInterface):
-            version = model.version
-            return _registered(version) if version else self._enter(model)
+            return self._of_interface(model)
         if not isinstance(model, str):
             raise ConfigError(f"{model!r} is no model", "give a reference, a ModelInterface or a version")
         try:
-            return _registered(self.resolve(model))
+            return self._noted(_registered(self.resolve(model)))
         except VersionNotFoundError:
-            if loose := self._loose.get(model):
-                return loose
-            interface = ModelInterface(model, self.manager)
-            if interface.version is not None:  # registered a moment ago
-                return _registered(interface.version)
-            return self._enter(interface)
+            return self._loose.get(model) or self._of_interface(ModelInterface(model, self.manager))
+
+    def _of_interface(self, model: ModelInterface) -> Binding:
+        try:
+            version = model.version
+        except VersionNotFoundError:
+            raise
+        except StorageError as error:
+            raise CacheInvalidationError(
+                f"nobody can tell which version {model.name} means ({error.what})", error.remedy
+            ) from error
+        return self._noted(_registered(version) if version else self._enter(model))
+
+    def _noted(self, binding: Binding) -> Binding:
+        self._digests[binding.reference] = binding.digest
+        return binding
 
     def known(self, reference: str) -> Binding | None:
         """Return what a reference means among what is registered and what was given; nothing is fetched or opened.
@@ -103,11 +129,14 @@ class Bindings:
         try:
             version = self.resolve(reference)
         except VersionNotFoundError:
-            return self._loose.get(reference)
-        return _registered(version)
+            name = Reference.parse(reference).name
+            if reference in self._loose or not any(key.startswith(f"{name}@") for key in self._loose):
+                return self._loose.get(reference)
+            return self._loose.get(ModelInterface(reference, self.manager).listed or "")
+        return self._noted(_registered(version))
 
     def digests(self, name: str) -> set[str]:
-        """Return the digests of all live versions of a name, and of weights that were given under it.
+        """Return the digests of all live versions of a name, and of all else that was bound to it: deleted ones, given weights.
 
         Raises
         ------
@@ -121,8 +150,13 @@ class Bindings:
             raise CacheInvalidationError(
                 f"nobody can tell which versions {name} has ({error.what})", error.remedy
             ) from error
-        loose = [self._loose[name].digest] if name in self._loose else []
-        return {v.record.model_digest for v in versions if v.record} | set(loose)
+        bound = {digest for known, digest in self._digests.items() if known.partition("@")[0] == name}
+        return {v.record.model_digest for v in versions if v.record} | bound
+
+    def bound(self, reference: str) -> str | None:
+        """Return the digest that an exact reference meant when it was last bound, deleted since or not."""
+        exact = Reference.parse(reference)
+        return self._digests.get(f"{exact.name}@v{exact.selector}")
 
     def resolve(self, reference: str) -> ModelVersion:
         """Return the version that a reference means at this moment, whichever process last changed that.
@@ -156,10 +190,29 @@ class Bindings:
         return version
 
     def _enter(self, model: ModelInterface) -> Binding:
-        architecture = model.architecture
-        binding = Binding(model.name, model.checkpoint.model_digest, model.fresh, lambda: architecture)
-        self._loose[model.name] = binding
-        return binding
+        """Bind weights that are not registered: one reader at a time, since it takes their digest over the whole file."""
+        reference = model.listed or model.name
+        with self._entering.setdefault(reference, threading.Lock()):
+            if model.listed and reference in self._loose:
+                return self._loose[reference]
+            path, architecture, digest = model.path, model.architecture, model.checkpoint.model_digest
+            binding = Binding(
+                reference, digest, partial(_read, path, reference, digest), lambda: architecture, source=model.source
+            )
+            self._loose[reference] = binding
+            return binding
+
+
+def _read(path: Path, reference: str, digest: str) -> Checkpoint:
+    """Read weights that are not registered, which nobody else keeps from being changed."""
+    from proteus_pipeline.models.reading import read_checkpoint
+
+    checkpoint = read_checkpoint(path)
+    if checkpoint.model_digest != digest:
+        raise IntegrityError(
+            f"{path} is no longer what was cached as {reference}", "cache the model again by cache_model"
+        )
+    return checkpoint
 
 
 def _registered(version: ModelVersion) -> Binding:

@@ -5,8 +5,8 @@ Pure: it is told what happens, frees nothing and takes no lock.
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 
 from proteus_pipeline.errors import CacheMemoryError
 from proteus_pipeline.eviction.budget import to_evict
@@ -96,6 +96,10 @@ class Budget:
     def total(self, wanted: Wanted = NOTHING, kept: Collection[str] | None = None) -> int:
         """Return the bytes that count against the limit: the sum of `by_kind`."""
         return sum(self.by_kind(wanted, kept).values())
+
+    def resized(self, limit: int, rooms: Mapping[str, int]) -> Budget:
+        """Return the books as they would be with another limit, and other rooms for calls."""
+        return replace(self, limit=limit, rooms=self.rooms | dict(rooms))
 
     def dropped_copies(self, wanted: Wanted) -> list[str]:
         """Return the compressed copies, the oldest first, that have to go for what is wanted, before any model goes."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from functools import cached_property
 from operator import attrgetter
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from proteus_pipeline.errors import ConfigError, IntegrityError, SequenceError, StorageError, VersionNotFoundError
 from proteus_pipeline.identity.names import Reference, Version, check_name
 from proteus_pipeline.models.architecture import Architecture, resolve_layer
+from proteus_pipeline.models.device import resolve_device
 from proteus_pipeline.models.encoder import TOKENS_PER_BATCH, Encoded, Encoder, Outputs, make_encoder
 from proteus_pipeline.models.pooling import POOLINGS, finite, pool
 from proteus_pipeline.registry.places import registry_home
@@ -107,7 +108,17 @@ class ModelInterface:
             return self.version.fresh()
         from proteus_pipeline.models.reading import read_checkpoint
 
-        return read_checkpoint(self._weights or self._fetched.path)
+        return read_checkpoint(self.path)
+
+    @property
+    def path(self) -> Path:
+        """Where weights that are not registered lie; fetches them where they do not lie anywhere yet."""
+        return self._weights or self._fetched.path
+
+    @property
+    def listed(self) -> str | None:
+        """Which version of a catalogue the reference means, ``NAME@vX.Y.Z``; None where no catalogue has it."""
+        return f"{self.name}@v{self._listed[0]}" if self._weights is None and self._listed else None
 
     @property
     def source(self) -> Mapping[str, Any]:
@@ -152,7 +163,7 @@ class ModelInterface:
 
     def encoder(self, *, precision: str = "fp32", numerics: str = "strict", device: str = "cpu") -> Encoder:
         """Return an encoder over the weights."""
-        return make_encoder(self.checkpoint, precision=precision, numerics=numerics, device=device)
+        return make_encoder(self.checkpoint, precision=precision, numerics=numerics, device=resolve_device(device))
 
     def embed(
         self, sequences: Sequence[str], *, layer: int = -1, pooling: str = "mean", **options: str
@@ -249,8 +260,14 @@ class ModelInterface:
     ) -> list[NDArray[np.float32]]:
         """Return what is taken of each sequence's outputs, in their order; the rest is dropped as it comes."""
         precision = options.get("precision", self._precision)
-        with self._using(options, sequences, outputs) as (encoder, tokens):
-            found = {i: finite(take(encoded), precision) for i, encoded in encoder.compute(sequences, outputs, tokens)}
+        found: dict[int, NDArray[np.float32]] = {}
+        # Closed, so that no thread computes on after an error, when the model may be let go.
+        with (
+            self._using(options, sequences, outputs) as (encoder, tokens),
+            closing(encoder.compute(sequences, outputs, tokens)) as computed,
+        ):
+            for index, encoded in computed:
+                found[index] = finite(take(encoded), precision)
         return [found[i] for i in range(len(sequences))]
 
     def _using(
@@ -271,7 +288,11 @@ class ModelInterface:
 
 def _normalised(sequences: Sequence[str], verb: str) -> list[str]:
     """Return sequences as the config's defaults read them, whole however long."""
-    if isinstance(sequences, str):
+    if isinstance(sequences, str | bytes):
         raise SequenceError(f"{verb} was given one text, not a list of sequences", f"write {verb}([SEQUENCE])")
-    rules = Rules(long="window")
-    return [normalise(s, rules, f"sequence {number}") for number, s in enumerate(sequences, 1)]
+    rules, read = Rules(long="window"), []
+    for number, sequence in enumerate(sequences, 1):
+        if not isinstance(sequence, str):
+            raise SequenceError(f"sequence {number} is {sequence!r}", "give each as text")
+        read.append(normalise(sequence, rules, f"sequence {number}"))
+    return read

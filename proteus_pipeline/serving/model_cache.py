@@ -187,7 +187,7 @@ class ModelCacheManager:
         return loaded
 
     def invalidate(self, model: str) -> int:
-        """Serve a version no more, or all of a name's; return how many were loaded.
+        """Serve a version no more, or, by a name alone, all that was loaded under it; return how many were.
 
         Who computes with one goes on, and its memory comes back when that is done.
 
@@ -200,10 +200,11 @@ class ModelCacheManager:
 
         """
         reference = Reference.parse(model)
-        if reference.exact:
-            binding = self._bindings.known(model)
-            return self._residence.drop({binding.digest}, "invalidated") if binding else 0
-        return self._residence.drop(self._bindings.digests(reference.name), "invalidated")
+        if "@" not in model:
+            return self._residence.drop(self._bindings.digests(reference.name), "invalidated")
+        binding = self._bindings.known(model)
+        digest = binding.digest if binding else self._bindings.bound(model)
+        return self._residence.drop({digest}, "invalidated") if digest else 0
 
     def clear_cache(self) -> int:
         """Let go of all models and compressed copies; return how many models. As `invalidate`, for those in use."""
@@ -234,9 +235,7 @@ class ModelCacheManager:
             if config["distributed"] is not False:
                 raise ConfigError(f"distributed is {config['distributed']!r}", "use False: see ModelCacheManager")
             config = {name: value for name, value in config.items() if name != "distributed"}
-        settings = self._residence.settings.changed(config)
-        self._residence.configure(settings)
-        return settings
+        return self._residence.configure(config)
 
     def get_cache_stats(self) -> dict[str, Any]:
         """Return what the cache holds and has done.
@@ -303,10 +302,15 @@ class CachedModel(ModelInterface):
         """Open the weights anew."""
         return self._binding.open()
 
+    @property
+    def source(self) -> Mapping[str, Any]:
+        """Where weights that are not registered came from, for a version's record."""
+        return self._binding.source
+
     def encoder(self, **options: str) -> Encoder:
         """Return the encoder that the cache holds; until it is dropped, its bytes count, evicted or not."""
         if not self._is_cached(options):
-            return super().encoder(**options)
+            return super().encoder(**self._filled(options))
         with self._cache._residence.leased(self._binding) as resident:  # noqa: SLF001
             resident.lent = True
             return resident.encoder
@@ -315,17 +319,27 @@ class CachedModel(ModelInterface):
     def _using(
         self, options: Mapping[str, str], sequences: Sequence[str], outputs: Outputs
     ) -> Iterator[tuple[Encoder, int]]:
-        if not self._is_cached(options):
-            with super()._using(options, sequences, outputs) as using:
-                yield using
-            return
         residence = self._cache._residence  # noqa: SLF001
         call = Call(tuple(map(len, sequences)), attention=outputs.contacts or bool(outputs.received))
+        if not self._is_cached(options):
+            asked = self._filled(options)
+            with (
+                residence.beside(self.reference, self.architecture, asked["precision"], call),
+                super()._using(asked, sequences, outputs) as using,
+            ):
+                yield using
+            return
         with residence.computing(self._binding, call) as encoder:
             yield encoder, residence.settings.tokens_per_batch
 
     def _is_cached(self, options: Mapping[str, str]) -> bool:
         """Say whether options ask for what the cache holds: they say so, or leave it to the cache."""
         held = self._cache._residence  # noqa: SLF001
-        known = {"precision": held.precision, "numerics": held.numerics, "device": held.device}
-        return all(known.get(name) == value for name, value in options.items())
+        asked = self._filled(options)
+        return asked == {"precision": held.precision, "numerics": held.numerics, "device": held.device}
+
+    def _filled(self, options: Mapping[str, str]) -> dict[str, str]:
+        """Return options, the cache's where they say nothing."""
+        held = self._cache._residence  # noqa: SLF001
+        asked = {"precision": held.precision, "numerics": held.numerics, "device": held.device, **options}
+        return asked | {"device": resolve_device(asked["device"])}

@@ -9,9 +9,8 @@ import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +22,7 @@ from proteus_pipeline.serving.budget import NOTHING, Budget, Wanted, megabytes
 from proteus_pipeline.serving.calls import Call
 from proteus_pipeline.serving.compressed import Packed, measure
 from proteus_pipeline.serving.flights import Flight, Flights
+from proteus_pipeline.serving.queue import Place, Queue
 from proteus_pipeline.serving.resident import Resident
 from proteus_pipeline.serving.settings import CacheSettings
 from proteus_pipeline.serving.statistics import Counts
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from proteus_pipeline.models.architecture import Architecture
     from proteus_pipeline.serving.bindings import Binding
 
-_TICK = 0.05  # how often a load that waits for room looks again, seconds
+_TICK = 0.05  # how often what waits for room looks again, seconds
 # A copy is kept compressed where unpacking it takes less than this share of what its source took.
 _WORTH = 0.8
 # Nothing here is unpacked faster, so that a sample need not be compressed to know that a source is: bytes a second.
@@ -52,6 +52,9 @@ class Residence:
         self._packed: dict[str, tuple[Packed, float]] = {}
         self._flights: Flights[Resident] = Flights()
         self._changed = threading.Condition(threading.RLock())
+        self._queue = Queue()
+        self._drops = 0
+        self._leases = 0
         # Filled as encoders are collected, in whichever thread and moment that happens: so without a lock.
         self._gone: deque[int] = deque()
         self._tokens = itertools.count()
@@ -62,8 +65,7 @@ class Residence:
             found = digest in self._residents
             if found:
                 self._use(digest)
-            else:
-                self.counts.misses += 1
+            self.counts.asked(hit=found)
         return found
 
     @contextmanager
@@ -78,7 +80,8 @@ class Residence:
             What its load raised.
 
         """
-        resident = self._acquire(binding)
+        with self._queue.place(self.settings.patience) as place:
+            resident = self._acquire(binding, place, counted=True)
         try:
             yield resident
         finally:
@@ -96,26 +99,59 @@ class Residence:
             As `leased`.
 
         """
-        with self.leased(binding) as resident:
-            nbytes = self._call_bytes(resident.encoder.architecture, call)
-            token = next(self._tokens)
+        token = next(self._tokens)
+        resident = None
+        try:
+            with self._queue.place(self.settings.patience) as place:
+                while resident is None:
+                    loaded = self._acquire(binding, place)
+                    nbytes = self._call_bytes(loaded.encoder.architecture, call)
+                    self._release(loaded)  # what waits holds nothing that others wait for
+                    del loaded
+                    resident = self._begin(binding, call, token, nbytes, place)
+                    if resident is None:
+                        place.insist()  # another took its model's room: not twice
+            yield resident.encoder
+        finally:
             with self._changed:
-                weights = self._budget.held.get(binding.digest, 0)
-            what = f"a call of {binding.reference} with {call} takes {megabytes(nbytes)} beside {megabytes(weights)} of weights"
-            begin = partial(self._budget.calls.__setitem__, token, nbytes)
-            try:
-                self._make_room(what, weights + nbytes, Wanted(call=nbytes), begin)
-                yield resident.encoder
-            finally:
-                with self._changed:
-                    self._budget.calls.pop(token, None)
-                    self._changed.notify_all()
-                give_back()  # a millisecond; without, 32 threads that compute kept 40 MB of what they had freed
+                self._budget.calls.pop(token, None)
+                if resident is not None:
+                    self._measure(resident)
+            if resident is not None:
+                self._release(resident)
+            give_back()  # a millisecond; without, 32 threads that compute kept 40 MB of what they had freed
+
+    @contextmanager
+    def beside(self, what: str, architecture: Architecture, precision: str, call: Call) -> Iterator[None]:
+        """Keep room for a call with an encoder of its own, which goes with it.
+
+        Raises
+        ------
+        CacheMemoryError
+            Where it has none.
+
+        """
+        token = next(self._tokens)
+        nbytes = weight_bytes(architecture, precision, self.device) + self._call_bytes(architecture, call)
+        said = f"a call of {what} in {precision}, which is not the cache's, takes {megabytes(nbytes)}"
+        try:
+            with self._queue.place(self.settings.patience) as place:
+                enter = partial(self._budget.calls.__setitem__, token, nbytes)
+                self._make_room(said, nbytes, Wanted(call=nbytes), enter, place)
+            yield
+        finally:
+            with self._changed:
+                self._budget.calls.pop(token, None)
+                self._changed.notify_all()
 
     def drop(self, digests: Collection[str] | None, cause: str) -> int:
         """Serve some models no more, or all; return how many were here. Their memory comes back with their last lease."""
         with self._changed:
+            self._drops += 1
             chosen = [d for d in self._residents if digests is None or d in digests]
+            for digest, flight in self._flights.under_way.items():
+                if digests is None or digest in digests:
+                    flight.dropped = cause  # who waits for it may compute with it; nobody after them
             for digest in [d for d in self._packed if digests is None or d in digests]:
                 self._drop_copy(digest)
             for digest in chosen:
@@ -123,42 +159,44 @@ class Residence:
         give_back()
         return len(chosen)
 
-    def configure(self, settings: CacheSettings) -> None:
-        """Apply settings, letting go what no longer fits.
+    def configure(self, changes: Mapping[str, Any]) -> CacheSettings:
+        """Change settings, letting go what no longer fits; return all that are now in force.
 
         Raises
         ------
+        ConfigError
+            As `CacheSettings.changed`; all stays as it was.
         CacheMemoryError
-            When models in use do not fit; all stays as it was.
+            When models in use do not fit; likewise.
 
         """
-        limit, limited_by = settings.limit(self.device)
-        policy = make_policy(settings.eviction_policy, ttl=settings.ttl)
         with self._changed:
+            settings = self.settings.changed(changes)
+            limit, limited_by = settings.limit(self.device)
+            policy = make_policy(settings.eviction_policy, ttl=settings.ttl)
             self._settle()
-            b, before = self._budget, self.settings
-            self.settings = settings
-            rooms = {d: self._room(r.encoder.architecture) for d, r in self._residents.items()}
-            new = replace(b, limit=limit, limited_by=limited_by, policy=policy, rooms=b.rooms | rooms)
-            if (least := new.total(kept=self._in_use())) > limit:
-                self.settings = before
+            b = self._budget
+            rooms = {d: self._room(r.encoder.architecture, settings) for d, r in self._residents.items()}
+            if (least := b.resized(limit, rooms).total(kept=self._in_use())) > limit:
                 raise CacheMemoryError(
                     f"models in use take {megabytes(least)}, and the new limit is {megabytes(limit)}",
                     "end their leases first, or set a larger limit; the old settings stand",
                 )
             policy.take_over(b.policy)
-            b.policy, b.limit, b.limited_by, b.rooms = policy, limit, limited_by, new.rooms
+            self.settings = settings
+            b.policy, b.limit, b.limited_by, b.rooms = policy, limit, limited_by, b.rooms | rooms
             for digest in list(self._packed) if not settings.compression else b.dropped_copies(NOTHING):
                 self._drop_copy(digest)
             removed = self._evict(NOTHING, "shrunk")
         self._retire(removed)
+        return settings
 
     def stats(self) -> dict[str, Any]:
         """Return counters, and bytes by device and kind."""
         with self._expiring():
             b = self._budget
             return self.counts.as_mapping() | {
-                "leases": sum(r.leases for r in self._residents.values()),
+                "leases": self._leases,
                 "models": dict(b.held),
                 "compressed": dict(b.compressed),
                 "bytes": b.total(),
@@ -181,95 +219,156 @@ class Residence:
             self._settle()
             yield
 
-    def _acquire(self, binding: Binding) -> Resident:
+    def _acquire(self, binding: Binding, place: Place, *, counted: bool = False) -> Resident:
+        """Return a model with a lease on it; `counted` says whether this is a request of its own."""
         digest = binding.digest
-        with self._expiring():
-            resident = self._residents.get(digest)
-            if resident is not None:
-                self._use(digest)
-                resident.leases += 1
-                return resident
-            self.counts.misses += 1
-            flight, mine = self._flights.join(digest)
-        return self._fly(binding, flight) if mine else self._wait(flight)
-
-    def _wait(self, flight: Flight[Resident]) -> Resident:
+        flight, mine = None, False
         try:
-            return flight.done.result()
-        except KeyboardInterrupt:
-            with self._changed:
-                if flight.done.done() and not flight.done.exception():
-                    self._release(flight.done.result())  # the lease that was kept for this thread
-                else:
-                    flight.waiting -= 1
+            with self._expiring():
+                resident = self._residents.get(digest)
+                if resident is not None or counted:
+                    self.counts.asked(hit=resident is not None, counted=counted)
+                if resident is not None:
+                    self._use(digest)
+                    self._lease(resident)
+                    return resident
+                flight, mine = self._flights.join(digest, binding.reference)
+            if mine:
+                return self._fly(binding, place)
+            with place.yielding():
+                return flight.result()
+        except BaseException as error:
+            if flight is not None:
+                self._leave(binding, flight, error, mine=mine)
             raise
 
-    def _fly(self, binding: Binding, flight: Flight[Resident]) -> Resident:
+    def _leave(self, binding: Binding, flight: Flight[Resident], error: BaseException, *, mine: bool) -> None:
+        """End what a thread had of a load that gave it nothing: all of the load if it was its own, else its place in it."""
+        with self._changed:
+            landed = flight.landed
+            if landed is not None:
+                self._release(landed)  # the lease that was counted for this thread
+            elif not mine:
+                flight.waiting -= 1
+            else:
+                told = error if isinstance(error, Exception) else StorageError(
+                    f"the load of {binding.reference} was interrupted", "ask again"
+                )  # fmt: skip
+                self._budget.reserved.pop(binding.digest, None)
+                self._budget.rooms.pop(binding.digest, None)
+                self.counts.failures += 1
+                # There may be room a moment later, and nothing was wrong with what was interrupted.
+                lasting = told is error and not isinstance(error, CacheMemoryError)
+                self._flights.fail(binding.digest, binding.reference, told, pause=lasting)
+                flight.done.set_exception(told)
+            self._changed.notify_all()
+        if mine and landed is not None and not flight.done.done():
+            flight.done.set_result(landed)
+
+    def _fly(self, binding: Binding, place: Place) -> Resident:
         """Load a model for all who wait for it."""
         digest = binding.digest
-        try:
-            encoder, seconds, restored = self._load(binding)
-        except BaseException as error:
-            told = error if isinstance(error, Exception) else StorageError(
-                f"the load of {binding.reference} was interrupted", "ask again"
-            )  # fmt: skip
-            with self._changed:
-                self._budget.reserved.pop(digest, None)
-                self._budget.rooms.pop(digest, None)
-                self.counts.failures += 1
-                # There may be room a moment later.
-                self._flights.failed(digest, told, pause=not isinstance(told, CacheMemoryError))
-                self._changed.notify_all()
-            flight.done.set_exception(told)
-            raise
+        encoder, seconds, restored = self._load(binding, place)
         with self._changed:
-            now = time.monotonic()
+            now, flight = time.monotonic(), self._flights.under_way[digest]
             nbytes = encoder.nbytes
-            resident = Resident(digest, encoder, nbytes, seconds, now, 1 + flight.waiting)
+            resident = Resident(digest, encoder, nbytes, seconds, now)
+            self._lease(resident, 1 + flight.waiting)
             self._budget.reserved.pop(digest, None)
             self._budget.held[digest] = nbytes
             self._budget.policy.added(digest, nbytes, seconds, now)
             self._residents[digest] = resident
-            self._flights.landed(digest)
+            self._flights.land(digest, binding.reference, resident)
             self.counts.restored += restored
             self.counts.loads += not restored
+            if flight.dropped:
+                self._remove(digest, flight.dropped)
             removed = self._evict(NOTHING, "room")  # it may be a little larger than was thought
         flight.done.set_result(resident)
         self._retire(removed)
         return resident
 
-    def _load(self, binding: Binding) -> tuple[Encoder, float, bool]:
+    def _load(self, binding: Binding, place: Place) -> tuple[Encoder, float, bool]:
         """Return an encoder, what its source took to load, and whether it was a compressed copy."""
+        if restored := self._restore(binding, place):
+            return *restored, True
         began = time.perf_counter()
-        with self._changed:
-            packed, seconds = self._packed.pop(binding.digest, (None, 0.0))
-            kept = self._budget.compressed.pop(binding.digest, 0)
-        if packed is not None:
-            self._make_room_to_load(binding, packed.architecture, packed.raw_bytes + kept)
-            encoder: Encoder = packed.unpack()
-        else:
-            checkpoint = binding.open()
-            need = weight_bytes(checkpoint.architecture, self.precision) + checkpoint.nbytes
-            self._make_room_to_load(binding, checkpoint.architecture, need)
-            encoder = make_encoder(checkpoint, precision=self.precision, numerics=self.numerics, device=self.device)
-            seconds = time.perf_counter() - began
-        self.counts.load_seconds.append(time.perf_counter() - began)
-        return encoder, seconds, packed is not None
+        checkpoint = binding.open()
+        opened = time.perf_counter() - began
+        need = weight_bytes(checkpoint.architecture, self.precision, self.device) + checkpoint.nbytes
+        self._make_room_to_load(binding, checkpoint.architecture, Wanted(load=need), need, place)
+        began = time.perf_counter()  # what was waited for in between is not the source's
+        encoder = make_encoder(checkpoint, precision=self.precision, numerics=self.numerics, device=self.device)
+        seconds = opened + time.perf_counter() - began
+        self.counts.load_seconds.append(seconds)
+        return encoder, seconds, False
 
-    def _make_room_to_load(self, binding: Binding, architecture: Architecture, need: int) -> None:
-        room = self._room(architecture)
+    def _restore(self, binding: Binding, place: Place) -> tuple[Encoder, float] | None:
+        """Return an encoder from its compressed copy, which goes with that; None where there is none, or no room for both."""
+        with self._changed:
+            self._settle()
+            b, (packed, seconds) = self._budget, self._packed.get(binding.digest, (None, 0.0))
+            if packed is None:
+                return None
+            kept = b.compressed[binding.digest]
+            # Weights that are laid out for a kernel are there in their usual order too, until all are.
+            need = packed.raw_bytes * (1 if self.precision == "fp32" else 2)
+            room = self._room(packed.architecture, self.settings)
+            self._drop_copy(binding.digest)
+            if b.total(Wanted(load=need + kept, room=room), self._in_use()) > b.limit:
+                return None
+            # The copy counts on, as a part of this load.
+            b.reserved[binding.digest], b.rooms[binding.digest] = kept, room
+        self._make_room_to_load(binding, packed.architecture, Wanted(load=need), need + kept, place)
+        began = time.perf_counter()
+        encoder: Encoder = packed.unpack()
+        self.counts.load_seconds.append(time.perf_counter() - began)
+        return encoder, seconds
+
+    def _make_room_to_load(
+        self, binding: Binding, architecture: Architecture, wanted: Wanted, need: int, place: Place
+    ) -> None:
+        room = self._room(architecture, self.settings)
 
         def enter() -> None:
             self._budget.reserved[binding.digest] = need
             self._budget.rooms[binding.digest] = room
 
         what = f"{binding.reference} takes {megabytes(need)} and a usual call with it {megabytes(room)}"
-        self._make_room(what, need + room, Wanted(load=need, room=room), enter)
+        self._make_room(what, need + room, Wanted(load=wanted.load, room=room), enter, place)
 
-    def _make_room(self, what: str, alone: int, wanted: Wanted, enter: Callable[[], None]) -> None:
+    def _begin(self, binding: Binding, call: Call, token: int, nbytes: int, place: Place) -> Resident | None:
+        """Return a model with a lease and room for a call, or None where it went meanwhile."""
+        with self._changed:
+            found = self._residents.get(binding.digest)
+        if found is None:
+            return None
+        resident, begun = found, list[Resident]()
+
+        def enter() -> None:
+            self._budget.calls[token] = nbytes
+            begun.append(resident)
+            self._lease(resident)
+
+        weights = megabytes(resident.nbytes)
+        what = f"a call of {binding.reference} with {call} takes {megabytes(nbytes)} beside {weights} of weights"
+        self._make_room(what, resident.nbytes + nbytes, Wanted(call=nbytes), enter, place, needs=resident)
+        return begun[0] if begun else None
+
+    def _make_room(
+        self,
+        what: str,
+        alone: int,
+        wanted: Wanted,
+        enter: Callable[[], None],
+        place: Place,
+        *,
+        needs: Resident | None = None,
+    ) -> None:
         """Let go what has to go for what is wanted, waiting for what is in use, and enter it in the books.
 
-        `what` says what takes which bytes; `alone` is all that the books would hold if there were nothing else.
+        `what` says what takes which bytes; `alone` is all that the books would hold if there were nothing else. Nothing is
+        entered where the model that it `needs` went meanwhile.
         """
         deadline = time.monotonic() + self.settings.patience
         while True:
@@ -278,38 +377,50 @@ class Residence:
                 b = self._budget
                 if alone > b.limit:
                     raise b.too_large(what, alone)
+                if needs is not None and self._residents.get(needs.digest) is not needs:
+                    return
                 removed: list[Resident] = []
-                if b.total(wanted, self._in_use()) <= b.limit:
+                kept = self._in_use() | ({needs.digest} if needs else set())
+                if place.is_next() and b.total(wanted, kept) <= b.limit:
                     for digest in b.dropped_copies(wanted):
                         self._drop_copy(digest)
-                    removed = self._evict(wanted, "room")
+                    removed = self._evict(wanted, "room", kept)
                     if b.total(wanted) <= b.limit:
                         enter()
                         return
                 elif time.monotonic() > deadline:
-                    raise b.no_room(what, self._in_use())
+                    raise b.no_room(what, kept)
                 else:
                     self._changed.wait(_TICK)
             self._retire(removed, wanted)
 
+    def _lease(self, resident: Resident, count: int = 1) -> None:
+        resident.leases += count
+        self._leases += count
+
     def _release(self, resident: Resident) -> None:
         with self._changed:
-            resident.leases -= 1
+            self._lease(resident, -1)
             removed = self._evict(NOTHING, "shrunk") if not resident.leases else []
             self._changed.notify_all()
         self._retire(removed)
 
+    def _measure(self, resident: Resident) -> None:
+        """Enter what a model grew by: rotary tables of a longer protein than any before, a head."""
+        if self._residents.get(resident.digest) is resident and resident.encoder.nbytes != resident.nbytes:
+            resident.nbytes = self._budget.held[resident.digest] = resident.encoder.nbytes
+            self._budget.policy.resized(resident.digest, resident.nbytes)
+
     def _use(self, digest: str) -> None:
-        self.counts.hits += 1
         self._budget.policy.used(digest, time.monotonic())
 
     def _in_use(self) -> set[str]:
         return {digest for digest, resident in self._residents.items() if resident.leases}
 
-    def _evict(self, wanted: Wanted, cause: str) -> list[Resident]:
+    def _evict(self, wanted: Wanted, cause: str, kept: Collection[str] | None = None) -> list[Resident]:
         now = time.monotonic()
         expired = set(self._budget.policy.expired(now))
-        chosen = self._budget.evictions(wanted, now, self._in_use())
+        chosen = self._budget.evictions(wanted, now, self._in_use() if kept is None else kept)
         return [self._remove(digest, "expired" if digest in expired else cause) for digest in chosen]
 
     def _remove(self, digest: str, cause: str) -> Resident:
@@ -343,14 +454,14 @@ class Residence:
         digest, seconds, nbytes = resident.digest, resident.seconds, resident.nbytes
         # In fp32 a tensor is freed as its copy is made; else all are there twice, see Packed, and the copy beside them.
         beside = 0 if self.precision == "fp32" else 2 * nbytes
-        with self._changed:
-            self._settle()
-            if self._budget.total(wanted) + beside > self._budget.limit:
-                return
-            token = next(self._tokens)
-            self._budget.freeing[token] = beside
-        packed = None
+        token, packed = next(self._tokens), None
         try:
+            with self._changed:
+                self._settle()
+                drops = self._drops
+                if self._budget.total(wanted) + beside > self._budget.limit:
+                    return
+                self._budget.freeing[token] = beside
             share, seconds_a_byte = measure(resident.encoder)
             with self._changed:
                 has_room = self._budget.total(wanted) + (share - 1) * nbytes <= self._budget.limit
@@ -360,8 +471,8 @@ class Residence:
             del resident.encoder  # its bytes are off the books before the copy's are on them
             with self._changed:
                 self._settle()
-                del self._budget.freeing[token]
-                if packed and digest not in self._residents:
+                self._budget.freeing.pop(token, None)
+                if packed and drops == self._drops and self.settings.compression and digest not in self._residents:
                     self._keep(digest, packed, seconds, wanted)
                 del packed
                 give_back()  # before anybody else has room
@@ -376,9 +487,10 @@ class Residence:
         self._packed.pop(digest, None)
         self._budget.compressed.pop(digest, None)
 
-    def _room(self, architecture: Architecture) -> int:
+    def _room(self, architecture: Architecture, settings: CacheSettings) -> int:
         """Return what a usual call takes."""
-        return self._call_bytes(architecture, Call.usual(self.settings.tokens_per_batch, self.device))
+        tokens = settings.tokens_per_batch
+        return Call.usual(tokens, self.device).nbytes(architecture, tokens, self.device)
 
     def _call_bytes(self, architecture: Architecture, call: Call) -> int:
         return call.nbytes(architecture, self.settings.tokens_per_batch, self.device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -14,8 +13,8 @@ from proteus_pipeline.eviction.policies import DEFAULT_POLICY, make_policy
 from proteus_pipeline.models.encoder import TOKENS_PER_BATCH
 
 GB = 10**9
-# The control group's limit on this process's memory: version 2's file, and version 1's.
-_CGROUP = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+_MOST_GB = 1e6  # a petabyte: beyond it is a mistake
+_CGROUPS, _OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ class CacheSettings:
         """Return the bytes of this machine's memory that models may take, and what sets that limit."""
         limits = [(memory_bytes(), "this machine's memory")]
         if self.max_memory_gb is not None:
-            limits.insert(0, (int(self.max_memory_gb * GB), "max_memory_gb"))
+            limits.insert(0, (max(1, int(self.max_memory_gb * GB)), "max_memory_gb"))
         if (cap := cgroup_limit()) is not None:
             limits.append((cap, "cgroup"))
         return min(limits, key=lambda limit: limit[0])
@@ -103,22 +102,52 @@ class CacheSettings:
         if device == "cpu":
             return self.host_limit()
         if self.max_gpu_memory_gb is not None:
-            return int(self.max_gpu_memory_gb * GB), "max_gpu_memory_gb"
+            return max(1, int(self.max_gpu_memory_gb * GB)), "max_gpu_memory_gb"
         import torch
 
         return int(torch.cuda.get_device_properties(device).total_memory * 0.9), "nine tenths of the GPU"
 
 
 def cgroup_limit() -> int | None:
-    """Return the bytes that a control group leaves to this process, or None where there is no limit."""
-    for path in _CGROUP:
-        try:
-            text = path.read_text().strip()
-        except OSError:
-            continue
-        # Version 1 says "no limit" by a number near 2^63.
-        return int(text) if text.isdigit() and int(text) < 1 << 60 else None
-    return None
+    """Return the bytes that control groups leave to this process: the least of its own and of those around it; None for no limit.
+
+    In a container its group is at the root of what is mounted; a service or a batch job has it where /proc/self/cgroup says.
+    """
+    limits = []
+    for kind, group in _own_groups():
+        # Version 2's file, and version 1's, which has the memory's groups in a folder of their own.
+        root, name = (_CGROUPS, "memory.max") if not kind else (_CGROUPS / "memory", "memory.limit_in_bytes")
+        here = root / group.lstrip("/")
+        for folder in (here, *here.parents):
+            limits.append(_read_limit(folder / name))
+            if folder == root:
+                break
+    known = [limit for limit in limits if limit is not None]
+    return min(known) if known else None
+
+
+def _own_groups() -> list[tuple[str, str]]:
+    """Return the groups that count memory, as version 1's "memory" or version 2's "", and their paths; the roots as well."""
+    found = [("", "/"), ("memory", "/")]
+    try:
+        lines = _OWN_CGROUP.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return found
+    for line in lines:
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if not controllers or "memory" in controllers.split(","):
+            found.append(("memory" if controllers else "", path))
+    return found
+
+
+def _read_limit(path: Path) -> int | None:
+    try:
+        text = path.read_text(encoding="ascii").strip()
+    except (OSError, ValueError):
+        return None
+    # Version 1 says "no limit" by a number near 2^63.
+    return int(text) if text.isdigit() and int(text) < 1 << 60 else None
 
 
 def memory_bytes() -> int:
@@ -127,7 +156,8 @@ def memory_bytes() -> int:
 
 
 def _check_number(name: str, value: object, *, above: float | None = None) -> None:
-    number = not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value)
-    if not number or (value <= above if above is not None else value < 0):  # type: ignore[operator]
-        wanted = f"a number above {above}" if above is not None else "a number, 0 or more"
-        raise ConfigError(f"{name} is {value!r}", f"use {wanted}")
+    number = not isinstance(value, bool) and isinstance(value, int | float)
+    fits = number and (value > above if above is not None else value >= 0) and value <= _MOST_GB  # type: ignore[operator]
+    if not fits:
+        low = f"above {above}" if above is not None else "from 0"
+        raise ConfigError(f"{name} is {value!r}", f"use a number {low}, and at most {_MOST_GB:,.0f}")

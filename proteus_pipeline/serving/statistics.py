@@ -41,6 +41,12 @@ class Counts:
     load_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=_KEPT))
     ages: deque[float] = field(default_factory=lambda: deque(maxlen=_KEPT))
 
+    def asked(self, *, hit: bool, counted: bool = True) -> None:
+        """Count a request; what a call asks for again is its lease's request, and was counted then."""
+        if counted:
+            self.hits += hit
+            self.misses += not hit
+
     def as_mapping(self) -> dict[str, Any]:
         """Return the counters, with the hit rate and the median and 95th percentile of seconds; None where there are none."""
         asked = self.hits + self.misses
