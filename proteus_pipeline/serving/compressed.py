@@ -12,6 +12,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from proteus_pipeline.models.memory import give_back
+from proteus_pipeline.models.workers import thread_count, workers
 
 if TYPE_CHECKING:
     import torch
@@ -57,20 +58,25 @@ class Packed:
         self.nbytes = len(self._pickle) + sum(len(part) for part, _, _ in self._parts)
 
     def unpack(self) -> Any:
-        """Return the encoder anew, bit for bit."""
+        """Return the encoder anew, bit for bit, by all threads."""
         codec = _codec()
-        return _Unpickler(io.BytesIO(self._pickle), [_decode(codec, *part) for part in self._parts]).load()
+        with workers(thread_count()) as pool:
+            tensors = list(pool.ahead(lambda part: _decode(codec, *part), self._parts))
+        return _Unpickler(io.BytesIO(self._pickle), tensors).load()
 
 
 def measure(encoder: object) -> tuple[float, float]:
-    """Return what a sample of an encoder's largest tensor is compressed to, as a share, and seconds a byte to bring it back."""
+    """Return what a sample of an encoder's largest tensor is compressed to, as a share, and seconds a byte to bring it back.
+
+    The seconds are those of one thread, over the number of threads there are.
+    """
     largest = max(_Pickler.fill(encoder).kept, key=lambda tensor: tensor.nbytes)
     sample = _bytes(largest)[:_SAMPLE_BYTES]
     codec = _codec()
     packed = codec.encode(sample)
     began = time.perf_counter()
     codec.decode(packed)
-    return len(packed) / sample.nbytes, (time.perf_counter() - began) / sample.nbytes
+    return len(packed) / sample.nbytes, (time.perf_counter() - began) / sample.nbytes / thread_count()
 
 
 class _Pickler(pickle.Pickler):
@@ -100,11 +106,10 @@ class _Pickler(pickle.Pickler):
 class _Unpickler(pickle.Unpickler):
     def __init__(self, file: io.BytesIO, tensors: list[torch.Tensor]) -> None:
         super().__init__(file)
-        self._tensors = tensors
+        self._tensors = dict(enumerate(tensors))
 
     def persistent_load(self, number: Any) -> torch.Tensor:
-        tensor: torch.Tensor = self._tensors[number]
-        return tensor
+        return self._tensors.pop(number)  # each is asked for once, and may be freed as soon as it is laid out anew
 
 
 def _bytes(tensor: torch.Tensor) -> Any:

@@ -18,6 +18,7 @@ from proteus_pipeline.errors import CacheMemoryError, StorageError
 from proteus_pipeline.eviction.policies import make_policy
 from proteus_pipeline.models.encoder import Encoder, make_encoder, weight_bytes
 from proteus_pipeline.models.memory import give_back, keep_large_arrays_apart
+from proteus_pipeline.models.workers import thread_count
 from proteus_pipeline.serving.budget import NOTHING, Budget, Wanted, megabytes
 from proteus_pipeline.serving.calls import Call
 from proteus_pipeline.serving.compressed import Packed, measure
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 _TICK = 0.05  # how often what waits for room looks again, seconds
 # A copy is kept compressed where unpacking it takes less than this share of what its source took.
 _WORTH = 0.8
-# Nothing here is unpacked faster, so that a sample need not be compressed to know that a source is: bytes a second.
+# No thread unpacks faster, so that a sample need not be compressed to know that a source is: bytes a second.
 _FASTEST_UNPACKING = 4e9
 
 
@@ -446,7 +447,7 @@ class Residence:
         while removed:
             resident = removed.pop()
             usable = self.settings.compression and self.device == "cpu" and not resident.leases and not resident.lent
-            if usable and resident.seconds * _FASTEST_UNPACKING > resident.nbytes:
+            if usable and resident.seconds * _FASTEST_UNPACKING * thread_count() > resident.nbytes:
                 self._pack(resident, wanted)
 
     def _pack(self, resident: Resident, wanted: Wanted) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import subprocess
 import urllib.error
@@ -49,6 +50,16 @@ def ask(address: str, body: object, path: str = "embed") -> tuple[int, Any]:
         return error.code, json.load(error)
 
 
+def raw(address: str, length: str | None) -> int:
+    """The status of a request that says so of its length, and sends nothing."""
+    connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=20)
+    connection.putrequest("POST", "/embed")
+    if length is not None:
+        connection.putheader("Content-Length", length)
+    connection.endheaders()
+    return connection.getresponse().status
+
+
 def get(address: str, path: str) -> str:
     with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(f"{address}/{path}", timeout=60) as answer:
         return answer.read().decode()
@@ -68,7 +79,7 @@ def test_two_versions_are_served_and_a_name_is_always_what_it_means_now(tmp_path
     exact = {v: json.loads(clone.run("python", "-c", embed, f"{NAME}@v{v}", *SEQUENCES)) for v in ("1.0.0", "1.0.1")}
     assert exact["1.0.0"] != exact["1.0.1"]
 
-    with serving(clone, f"{NAME}@v1.0.0", f"{NAME}@v1.0.1", "--max-memory-gb", "1") as address:
+    with serving(clone, f"{NAME}@v1.0.0", f"{NAME}@v1.0.1", "--max-memory-gb", "0.5") as address:
         questions = [f"{NAME}@v1.0.0", f"{NAME}@v1.0.1", NAME] * 4
         with ThreadPoolExecutor(8) as pool:
             answers = list(pool.map(lambda m: ask(address, {"model": m, "sequences": SEQUENCES}), questions))
@@ -83,19 +94,28 @@ def test_two_versions_are_served_and_a_name_is_always_what_it_means_now(tmp_path
         for body, status, said in (
             ({"model": "nobody", "sequences": SEQUENCES}, 404, "nobody"),
             ({"model": f"{NAME}@v9.9.9", "sequences": SEQUENCES}, 404, "9.9.9"),
-            ({"model": "a b", "sequences": SEQUENCES}, 400, "a b"),
+            ({"model": "a b", "sequences": SEQUENCES}, 404, "a b"),
+            ({"model": f"{NAME}@^1", "sequences": SEQUENCES}, 400, "^1"),
+            ({"model": "esm2_t48_15B_UR50D", "sequences": SEQUENCES}, 404, "not served here"),
             ({"model": NAME, "sequences": ["M1K"]}, 400, "sequence 1"),
-            ({"model": NAME, "sequences": SEQUENCES, "pooling": "median"}, 400, "median"),
+            ({"model": NAME, "sequences": SEQUENCES, "pooling": "per_residue"}, 400, "per_residue"),
             ({"model": NAME, "sequences": SEQUENCES, "layer": 99}, 400, "99"),
-            ({"model": NAME, "sequences": "MK"}, 400, "can't be read"),
-            ([1], 400, "can't be read"),
-            (b"{", 400, "can't be read"),
-            ({"model": NAME, "sequences": ["M" * 400_000]}, 503, "takes"),
+            ({"model": NAME, "sequences": SEQUENCES, "layer": "x"}, 400, "layer is 'x'"),
+            ({"model": NAME, "sequences": [5]}, 400, "sequence 1 is 5"),
+            ({"model": NAME, "sequences": "MK"}, 400, "sequences is 'MK'"),
+            ({"model": NAME, "sequences": SEQUENCES, "device": "cuda"}, 400, "a request has model and sequences"),
+            ([1], 400, "a request has model and sequences"),
+            (b"{", 400, "no JSON"),
+            (b"[" * 200_000, 400, "no JSON"),
+            ({"model": NAME, "sequences": ["M" * 90_000]}, 503, "takes"),
+            ({"model": NAME, "sequences": ["M" * 100_001]}, 413, "100000 residues"),
         ):
             got, answer = ask(address, body)
             assert got == status, answer
             assert said in answer["error"]
         assert ask(address, {}, "elsewhere")[0] == 404
+        for length, status in ((None, 411), ("-1", 411), ("x", 411), (str(1 << 30), 413)):
+            assert raw(address, length) == status
 
         metrics = {f.name: f for f in text_string_to_metric_families(get(address, "metrics"))}
         loads = {s.labels["source"]: s.value for s in metrics["proteus_cache_loads"].samples}

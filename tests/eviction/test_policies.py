@@ -133,6 +133,17 @@ def test_a_key_that_is_added_again_starts_anew(name: str):
 
 
 @every_policy
+def test_a_key_that_grew_stands_where_it_stood(name: str):
+    policy = make(name)
+    for key in "cab":
+        policy.added(key, 10, 2.0, 5.0)
+    before = list(policy.order())
+    policy.resized("a", 99)
+    policy.resized("z", 1)
+    assert (policy.size("a"), policy.size("c"), list(policy.order())) == (99, 10, before)
+
+
+@every_policy
 def test_a_key_that_is_not_here_changes_nothing(name: str):
     policy = make(name)
     policy.added("a", 10, 2.0, 1.0)
