@@ -1,11 +1,11 @@
 """How many seconds of loading does each eviction policy cost on a recorded trace, and what does `cost` save against `lru`?
 
-The trace (model_trace.csv) was recorded by ``--record``: nine models of ESM-2's shapes from 8M to 650M, registered versions and
+The trace (model_trace.csv) was recorded by ``--record``: 32 models of ESM-2's shapes from 8M to 650M, registered versions and
 fair-esm files, each loaded by ModelCacheManager at every request, so that a row holds what that load took. The loads are real;
-who asks for what is drawn by a seed: a service's requests for two popular models, notebooks that stay with one model for a while,
-and nightly comparisons of all. It is replayed by the policies and the choice of evictions that the cache uses, at budgets of a
-tenth to half of all bytes. Then, live: smaller models in a real cache, the same requests by either policy in turn, seconds by the
-clock. ``python benchmarks/model_policies.py``
+who asks for what is drawn by a seed: a service's requests for four popular models, notebooks that stay with one model for a while,
+and comparisons of all models of a shape. It is replayed by the policies and the choice of evictions that the cache uses, at
+budgets from what the largest model needs to twice that. Then, live: smaller models in a real cache, the same requests by either
+policy in turn, seconds by the clock. ``python benchmarks/model_policies.py``
 """
 
 from __future__ import annotations
@@ -26,22 +26,13 @@ from proteus_pipeline.eviction.policies import POLICIES, Policy, make_policy
 
 TRACE = Path(__file__).with_name("model_trace.csv")
 BAR = 0.20
-SHARES = (0.1, 0.2, 0.3, 0.5)
+SHARES = (0.3, 0.4, 0.5, 0.6)  # with less, the largest model has no room, and no policy can save its loads
 REQUESTS, LIVE_REQUESTS = 600, 400
-# Name, shape, and whether it is a fair-esm file: read whole, where a registered version is mapped.
-MODELS = (
-    ("base-650M", "650M", False),
-    ("tuned-650M", "650M", False),
-    ("base-150M", "150M", False),
-    ("lab-a-150M", "150M", True),
-    ("lab-b-150M", "150M", True),
-    ("base-35M", "35M", False),
-    ("lab-a-35M", "35M", True),
-    ("base-8M", "8M", False),
-    ("lab-a-8M", "8M", True),
-)
+# A group's models: how many of each shape, of which every third is a fair-esm file that nobody registered.
+SHAPES = {"650M": 2, "150M": 6, "35M": 12, "8M": 12}
+MODELS = tuple((f"{shape}-{n}", shape, n % 3 == 2) for shape, count in SHAPES.items() for n in range(count))
 LIVE_BLOCKS = 2  # of each shape, where models are loaded by the hundred
-POPULAR = ("base-650M", "lab-a-150M")
+POPULAR = {"650M-0": 3, "150M-0": 2, "35M-0": 1, "35M-1": 1}
 
 
 @dataclass(frozen=True)
@@ -58,17 +49,17 @@ def asked(count: int, seed: int = 0) -> list[tuple[float, str]]:
     """Draw who asks for what, and when."""
     dice, names = random.Random(seed), [name for name, _, _ in MODELS]
     events: list[tuple[float, str]] = []
-    night = count / 4  # seconds between comparisons; about two requests a second
-    while len(events) < count:
-        at = dice.uniform(0, count / 2)
-        kind = dice.random()
-        if kind < 0.6:
-            events.append((at, dice.choices(POPULAR, (2, 1))[0]))
-        else:
-            model = dice.choice(names)
-            events += [(at + 3 * i + dice.random(), model) for i in range(dice.randint(4, 12))]
-    for comparison in range(3):
-        events += [(comparison * night + i, name) for i, name in enumerate(names)]
+    while len(events) < 0.6 * count:  # the service's
+        events.append((dice.uniform(0, count), dice.choices(list(POPULAR), list(POPULAR.values()))[0]))
+    while len(events) < 0.8 * count:  # notebooks: one model for a while
+        at, model = dice.uniform(0, count), dice.choice(names)
+        events += [(at + 3 * i + dice.random(), model) for i in range(dice.randint(4, 12))]
+    comparing = 0
+    while len(events) < count:  # all of a shape, one after the other, as they are compared on the same proteins
+        shape = list(SHAPES)[1 + comparing % 3]
+        at = dice.uniform(0, count)
+        events += [(at + i, name) for i, name in enumerate(n for n, of, _ in MODELS if of == shape)]
+        comparing += 1
     return sorted(events)[:count]
 
 
@@ -98,17 +89,17 @@ def replay(trace: list[Request], name: str, limit: int) -> tuple[float, int]:
 
 def models(folder: Path, *, blocks: int | None = None) -> tuple[ModelVersionManager, dict[str, ModelInterface]]:
     """Write the models, of `blocks` blocks where that is given, and register those that are."""
-    from _proteins import SHAPES, random_weights, save_as_fair_esm
+    import _proteins
 
     from proteus_pipeline.models.fair_esm import to_fair_esm
 
     manager, found = ModelVersionManager(folder / "home"), {}
     for number, (name, shape, loose) in enumerate(MODELS):
-        layers, width, heads = SHAPES[shape]
-        SHAPES[name] = (blocks or layers, width, heads)
-        checkpoint = random_weights(name, seed=number)
+        layers, width, heads = _proteins.SHAPES[shape]
+        _proteins.SHAPES[name] = (blocks or layers, width, heads)
+        checkpoint = _proteins.random_weights(name, seed=number)
         if loose:
-            save_as_fair_esm(to_fair_esm(checkpoint)[0], folder / f"{name}.pt")
+            _proteins.save_as_fair_esm(to_fair_esm(checkpoint)[0], folder / f"{name}.pt")
             found[name] = ModelInterface(name, manager, weights=folder / f"{name}.pt")
         else:
             manager.register_version(Given(name, checkpoint), "1.0.0")
