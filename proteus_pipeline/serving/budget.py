@@ -97,6 +97,11 @@ class Budget:
         """Return the bytes that count against the limit: the sum of `by_kind`."""
         return sum(self.by_kind(wanted, kept).values())
 
+    def at_last(self, wanted: Wanted, kept: Collection[str]) -> int:
+        """Return the bytes that will count once loads and calls under way are done, and of the models only `kept` stay."""
+        calls = max((wanted.call, wanted.room, *(self.rooms[key] for key in kept)))
+        return sum(self.held[key] for key in kept) + wanted.load + calls
+
     def resized(self, limit: int, rooms: Mapping[str, int]) -> Budget:
         """Return the books as they would be with another limit, and other rooms for calls."""
         return replace(self, limit=limit, rooms=self.rooms | dict(rooms))

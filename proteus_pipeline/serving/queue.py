@@ -21,30 +21,29 @@ class Place:
     since
         When they came.
     first_from
-        From when on nobody who came later may go before them.
+        From when on they want to be overtaken no more.
+    first
+        Whether nobody who came later may go before them now.
 
     """
 
     since: float
     first_from: float
     queue: Queue = field(repr=False)
+    first: bool = False
 
-    def is_next(self) -> bool:
-        """Say whether nobody who has waited too long is before them."""
+    def is_next(self, *, feasible: bool) -> bool:
+        """Say whether nobody is before them.
+
+        `feasible` says whether they would have room once the calls and loads under way are done. Where they would not, they
+        hold nobody up: it may be those who came later who have to end something first.
+        """
+        self.first = feasible and time.monotonic() > self.first_from
         return self.queue.is_next(self)
 
     def insist(self) -> None:
-        """Be overtaken no more."""
+        """Want to be overtaken no more."""
         self.first_from = self.since
-
-    @contextmanager
-    def yielding(self) -> Iterator[None]:
-        """Let everybody pass in a ``with`` block: it is one of them who does what this one waits for."""
-        before, self.first_from = self.first_from, float("inf")
-        try:
-            yield
-        finally:
-            self.first_from = before
 
 
 class Queue:
@@ -68,7 +67,6 @@ class Queue:
                 self._places.remove(place)
 
     def is_next(self, place: Place) -> bool:
-        """Say whether all who came before are still content to be overtaken."""
-        now = time.monotonic()
+        """Say whether none of those who came before has to go first."""
         with self._lock:
-            return not any(p.since < place.since and p.first_from < now for p in self._places if p is not place)
+            return not any(p.first and p.since < place.since for p in self._places)

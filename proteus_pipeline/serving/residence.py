@@ -84,8 +84,12 @@ class Residence:
         with self._queue.place(self.settings.patience) as place:
             resident = self._acquire(binding, place, counted=True)
         try:
+            with self._changed:
+                resident.promised += 1
             yield resident
         finally:
+            with self._changed:
+                resident.promised -= 1
             self._release(resident)
 
     @contextmanager
@@ -236,8 +240,8 @@ class Residence:
                 flight, mine = self._flights.join(digest, binding.reference)
             if mine:
                 return self._fly(binding, place)
-            with place.yielding():
-                return flight.result()
+            place.first = False  # it is somebody else who does what this one waits for
+            return flight.result()
         except BaseException as error:
             if flight is not None:
                 self._leave(binding, flight, error, mine=mine)
@@ -381,8 +385,10 @@ class Residence:
                 if needs is not None and self._residents.get(needs.digest) is not needs:
                     return
                 removed: list[Resident] = []
-                kept = self._in_use() | ({needs.digest} if needs else set())
-                if place.is_next() and b.total(wanted, kept) <= b.limit:
+                its = {needs.digest} if needs else set()
+                kept, promised = self._in_use() | its, {d for d, r in self._residents.items() if r.promised} | its
+                next_one = place.is_next(feasible=b.at_last(wanted, promised) <= b.limit)
+                if next_one and b.total(wanted, kept) <= b.limit:
                     for digest in b.dropped_copies(wanted):
                         self._drop_copy(digest)
                     removed = self._evict(wanted, "room", kept)

@@ -31,6 +31,8 @@ class Resident:
         When it was loaded.
     leases
         How many are computing with it, or said they will.
+    promised
+        How many of these leases are a ``with`` block of somebody's, who may do anything before it ends.
     lent
         Whether its encoder itself was handed out, so that nobody knows who computes with it.
 
@@ -42,6 +44,7 @@ class Resident:
     seconds: float
     since: float
     leases: int = 0
+    promised: int = 0
     lent: bool = False
 
     def when_freed(self, call: Callable[[], None]) -> None:
