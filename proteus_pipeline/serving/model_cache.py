@@ -246,13 +246,17 @@ class ModelCacheManager:
             ``hits``, ``misses``, ``hit_rate`` (None before the first request), ``loads``, ``restored`` (from a compressed
             copy), ``load_failures``, ``load_seconds`` and ``age_at_eviction_seconds`` (``p50``, ``p95``), ``evictions`` by
             cause, ``leases``, ``models`` and ``compressed`` (bytes by model digest), ``bytes`` of ``limit_bytes``,
-            ``limited_by``, and ``devices``: of each the bytes of models, loads, what is still being freed, and copies.
+            ``limited_by``, and ``devices``: of each the bytes of models, loads, calls, what is still being freed, and
+            copies.
 
         """
         return self._residence.stats()
 
     def collect(self) -> Iterator[Metric]:
-        """Yield the same numbers as Prometheus's metrics: ``prometheus_client.REGISTRY.register(cache)`` has them scraped."""
+        """Yield the same numbers as Prometheus's metrics: ``prometheus_client.REGISTRY.register(cache)`` has them scraped.
+
+        A registry takes one cache: a second one's metrics would have the same names.
+        """
         return metrics(self.get_cache_stats())
 
     def prometheus(self) -> str:
