@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -101,14 +102,8 @@ class Bindings:
             return self._loose.get(model) or self._of_interface(ModelInterface(model, self.manager))
 
     def _of_interface(self, model: ModelInterface) -> Binding:
-        try:
+        with _telling(f"which version {model.name} means"):
             version = model.version
-        except VersionNotFoundError:
-            raise
-        except StorageError as error:
-            raise CacheInvalidationError(
-                f"nobody can tell which version {model.name} means ({error.what})", error.remedy
-            ) from error
         return self._noted(_registered(version) if version else self._enter(model))
 
     def _noted(self, binding: Binding) -> Binding:
@@ -144,12 +139,8 @@ class Bindings:
             As `of`.
 
         """
-        try:
+        with _telling(f"which versions {name} has"):
             versions = self.manager.list_versions(name)
-        except StorageError as error:
-            raise CacheInvalidationError(
-                f"nobody can tell which versions {name} has ({error.what})", error.remedy
-            ) from error
         bound = {digest for known, digest in self._digests.items() if known.partition("@")[0] == name}
         return {v.record.model_digest for v in versions if v.record} | bound
 
@@ -170,20 +161,13 @@ class Bindings:
 
         """
         name = Reference.parse(reference).name
-        try:
+        with _telling(f"which version {reference} means now"):
             stamp = self.manager.stamp(name)
             known = self._known.get(reference)
             if known and stamp is not None and known[0] == stamp:
                 return known[1]
+            self._known.pop(reference, None)
             version = self.manager.resolve(reference)
-        except VersionNotFoundError:
-            self._known.pop(reference, None)
-            raise
-        except StorageError as error:
-            self._known.pop(reference, None)
-            raise CacheInvalidationError(
-                f"nobody can tell which version {reference} means now ({error.what})", error.remedy
-            ) from error
         # The stamp was taken first: what changed meanwhile shows at the next look.
         if stamp is not None:
             self._known[reference] = (stamp, version)
@@ -201,6 +185,15 @@ class Bindings:
             )
             self._loose[reference] = binding
             return binding
+
+
+@contextmanager
+def _telling(what: str) -> Iterator[None]:
+    """Ask the registry in a ``with`` block: where it can't be read, nobody can tell."""
+    try:
+        yield
+    except StorageError as error:
+        raise CacheInvalidationError(f"nobody can tell {what} ({error.what})", error.remedy) from error
 
 
 def _read(path: Path, reference: str, digest: str) -> Checkpoint:

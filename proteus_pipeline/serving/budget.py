@@ -5,8 +5,8 @@ Pure: it is told what happens, frees nothing and takes no lock.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection
+from dataclasses import dataclass, field
 
 from proteus_pipeline.errors import CacheMemoryError
 from proteus_pipeline.eviction.budget import to_evict
@@ -101,10 +101,6 @@ class Budget:
         """Return the bytes that will count once loads and calls under way are done, and of the models only `kept` stay."""
         calls = max((wanted.call, wanted.room, *(self.rooms[key] for key in kept)))
         return sum(self.held[key] for key in kept) + wanted.load + calls
-
-    def resized(self, limit: int, rooms: Mapping[str, int]) -> Budget:
-        """Return the books as they would be with another limit, and other rooms for calls."""
-        return replace(self, limit=limit, rooms=self.rooms | dict(rooms))
 
     def dropped_copies(self, wanted: Wanted) -> list[str]:
         """Return the compressed copies, the oldest first, that have to go for what is wanted, before any model goes."""

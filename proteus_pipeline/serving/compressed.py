@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
     from numcodecs.blosc import Blosc
 
-    from proteus_pipeline.models.architecture import Architecture
+    from proteus_pipeline.models.encoder import Encoder
 
 _SAMPLE_BYTES = 4 << 20
 _GIVEN_BACK_BYTES = 8 << 20
@@ -40,9 +40,9 @@ class Packed:
 
     """
 
-    def __init__(self, encoder: object, architecture: Architecture) -> None:
+    def __init__(self, encoder: Encoder) -> None:
         pickler, codec = _Pickler.fill(encoder), _codec()
-        self.architecture = architecture
+        self.architecture = encoder.architecture
         self.raw_bytes = sum(tensor.nbytes for tensor in pickler.kept)
         self._pickle = pickler.pickle
         self._parts = []

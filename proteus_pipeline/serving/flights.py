@@ -80,12 +80,10 @@ class Flights(Generic[T]):
         flight = self.under_way[key] = Flight()
         return flight, True
 
-    def land(self, key: str, name: str, loaded: T) -> Flight[T]:
+    def land(self, key: str, name: str, loaded: T) -> None:
         """End a load that went well."""
-        flight = self.under_way.pop(key)
-        flight.landed = loaded
+        self.under_way.pop(key).landed = loaded
         self._failed.pop((key, name), None)
-        return flight
 
     def fail(self, key: str, name: str, error: Exception, *, pause: bool) -> None:
         """End a load that failed. Who asks for that name within a pause is told the same; each pause is twice the last one."""

@@ -167,10 +167,11 @@ class ModelCacheManager:
             As `get_or_load`.
 
         """
-        loaded: list[CachedModel] = []
-        with self._leases(models) as bindings:
-            loaded.extend(CachedModel(self, binding) for binding in bindings)
-        return loaded
+        bindings = [self._bindings.of(model) for model in models]
+        with ExitStack() as stack:
+            for binding in bindings:
+                stack.enter_context(self._residence.leased(binding))
+            return [CachedModel(self, binding) for binding in bindings]
 
     def warm(self, *models: str | ModelInterface | ModelVersion) -> list[CachedModel]:
         """Load models, and compute one protein with each, so that tables, buffers and pages are there for the first request.
@@ -271,14 +272,6 @@ class ModelCacheManager:
         with self._residence.leased(binding):
             return CachedModel(self, binding)
 
-    @contextmanager
-    def _leases(self, models: tuple[str | ModelInterface | ModelVersion, ...]) -> Iterator[list[Binding]]:
-        with ExitStack() as stack:
-            bindings = [self._bindings.of(model) for model in models]
-            for binding in bindings:
-                stack.enter_context(self._residence.leased(binding))
-            yield bindings
-
 
 class CachedModel(ModelInterface):
     """A model that a `ModelCacheManager` holds. Each call keeps it loaded while it computes, and loads it again if it went.
@@ -293,8 +286,8 @@ class CachedModel(ModelInterface):
     def __init__(self, cache: ModelCacheManager, binding: Binding) -> None:
         super().__init__(binding.reference, cache._bindings.manager)  # noqa: SLF001 - one module, one thing
         self.reference = binding.reference
-        self._cache, self._binding = cache, binding
-        self._precision = cache._residence.precision  # noqa: SLF001
+        self._residence, self._binding = cache._residence, binding  # noqa: SLF001
+        self._precision = self._residence.precision
         self.__dict__["version"] = binding.version  # what was resolved, and not what the name may mean later
 
     @property
@@ -313,9 +306,10 @@ class CachedModel(ModelInterface):
 
     def encoder(self, **options: str) -> Encoder:
         """Return the encoder that the cache holds; until it is dropped, its bytes count, evicted or not."""
-        if not self._is_cached(options):
-            return super().encoder(**self._filled(options))
-        with self._cache._residence.leased(self._binding) as resident:  # noqa: SLF001
+        asked = self._filled(options)
+        if asked != self._filled({}):
+            return super().encoder(**asked)
+        with self._residence.leased(self._binding) as resident:
             resident.lent = True
             return resident.encoder
 
@@ -323,27 +317,22 @@ class CachedModel(ModelInterface):
     def _using(
         self, options: Mapping[str, str], sequences: Sequence[str], outputs: Outputs
     ) -> Iterator[tuple[Encoder, int]]:
-        residence = self._cache._residence  # noqa: SLF001
-        call = Call(tuple(map(len, sequences)), attention=outputs.contacts or bool(outputs.received))
-        if not self._is_cached(options):
-            asked = self._filled(options)
+        call, asked = (
+            Call(tuple(map(len, sequences)), attention=outputs.contacts or bool(outputs.received)),
+            self._filled(options),
+        )
+        if asked != self._filled({}):
             with (
-                residence.beside(self.reference, self.architecture, asked["precision"], call),
+                self._residence.beside(self.reference, self.architecture, asked["precision"], call),
                 super()._using(asked, sequences, outputs) as using,
             ):
                 yield using
             return
-        with residence.computing(self._binding, call) as encoder:
-            yield encoder, residence.settings.tokens_per_batch
-
-    def _is_cached(self, options: Mapping[str, str]) -> bool:
-        """Say whether options ask for what the cache holds: they say so, or leave it to the cache."""
-        held = self._cache._residence  # noqa: SLF001
-        asked = self._filled(options)
-        return asked == {"precision": held.precision, "numerics": held.numerics, "device": held.device}
+        with self._residence.computing(self._binding, call) as encoder:
+            yield encoder, self._residence.settings.tokens_per_batch
 
     def _filled(self, options: Mapping[str, str]) -> dict[str, str]:
         """Return options, the cache's where they say nothing."""
-        held = self._cache._residence  # noqa: SLF001
+        held = self._residence
         asked = {"precision": held.precision, "numerics": held.numerics, "device": held.device, **options}
         return asked | {"device": resolve_device(asked["device"])}

@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -182,15 +183,15 @@ class Residence:
             self._settle()
             b = self._budget
             rooms = {d: self._room(r.encoder.architecture, settings) for d, r in self._residents.items()}
-            if (least := b.resized(limit, rooms).total(kept=self._in_use())) > limit:
+            new = replace(b, limit=limit, limited_by=limited_by, policy=policy, rooms=b.rooms | rooms)
+            if (least := new.total(kept=self._in_use())) > limit:
                 raise CacheMemoryError(
                     f"models in use take {megabytes(least)}, and the new limit is {megabytes(limit)}",
                     "end their leases first, or set a larger limit; the old settings stand",
                 )
             policy.take_over(b.policy)
-            self.settings = settings
-            b.policy, b.limit, b.limited_by, b.rooms = policy, limit, limited_by, b.rooms | rooms
-            for digest in list(self._packed) if not settings.compression else b.dropped_copies(NOTHING):
+            self.settings, self._budget = settings, new
+            for digest in list(self._packed) if not settings.compression else new.dropped_copies(NOTHING):
                 self._drop_copy(digest)
             removed = self._evict(NOTHING, "shrunk")
         self._retire(removed)
@@ -231,8 +232,8 @@ class Residence:
         try:
             with self._expiring():
                 resident = self._residents.get(digest)
-                if resident is not None or counted:
-                    self.counts.asked(hit=resident is not None, counted=counted)
+                if counted:
+                    self.counts.asked(hit=resident is not None)
                 if resident is not None:
                     self._use(digest)
                     self._lease(resident)
@@ -301,7 +302,7 @@ class Residence:
         checkpoint = binding.open()
         opened = time.perf_counter() - began
         need = weight_bytes(checkpoint.architecture, self.precision, self.device) + checkpoint.nbytes
-        self._make_room_to_load(binding, checkpoint.architecture, Wanted(load=need), need, place)
+        self._make_room_to_load(binding, checkpoint.architecture, need, need, place)
         began = time.perf_counter()  # what was waited for in between is not the source's
         encoder = make_encoder(checkpoint, precision=self.precision, numerics=self.numerics, device=self.device)
         seconds = opened + time.perf_counter() - began
@@ -324,15 +325,16 @@ class Residence:
                 return None
             # The copy counts on, as a part of this load.
             b.reserved[binding.digest], b.rooms[binding.digest] = kept, room
-        self._make_room_to_load(binding, packed.architecture, Wanted(load=need), need + kept, place)
+        self._make_room_to_load(binding, packed.architecture, need, need + kept, place)
         began = time.perf_counter()
         encoder: Encoder = packed.unpack()
         self.counts.load_seconds.append(time.perf_counter() - began)
         return encoder, seconds
 
     def _make_room_to_load(
-        self, binding: Binding, architecture: Architecture, wanted: Wanted, need: int, place: Place
+        self, binding: Binding, architecture: Architecture, more: int, need: int, place: Place
     ) -> None:
+        """Enter what a load needs in all, of which `more` is not in the books yet."""
         room = self._room(architecture, self.settings)
 
         def enter() -> None:
@@ -340,7 +342,7 @@ class Residence:
             self._budget.rooms[binding.digest] = room
 
         what = f"{binding.reference} takes {megabytes(need)} and a usual call with it {megabytes(room)}"
-        self._make_room(what, need + room, Wanted(load=wanted.load, room=room), enter, place)
+        self._make_room(what, need + room, Wanted(load=more, room=room), enter, place)
 
     def _begin(self, binding: Binding, call: Call, token: int, nbytes: int, place: Place) -> Resident | None:
         """Return a model with a lease and room for a call, or None where it went meanwhile."""
@@ -473,7 +475,7 @@ class Residence:
             with self._changed:
                 has_room = self._budget.total(wanted) + (share - 1) * nbytes <= self._budget.limit
             if has_room and seconds_a_byte * nbytes < _WORTH * seconds:
-                packed = Packed(resident.encoder, resident.encoder.architecture)
+                packed = Packed(resident.encoder)
         finally:
             del resident.encoder  # its bytes are off the books before the copy's are on them
             with self._changed:

@@ -57,8 +57,8 @@ class CacheSettings:
     def __post_init__(self) -> None:
         for name in ("max_memory_gb", "max_gpu_memory_gb"):
             if getattr(self, name) is not None:
-                _check_number(name, getattr(self, name), above=0)
-        _check_number("patience", self.patience)
+                check_number(name, getattr(self, name), above=0)
+        check_number("patience", self.patience)
         if not isinstance(self.compression, bool):
             raise ConfigError(f"compression is {self.compression!r}", "use True or False")
         tokens = self.tokens_per_batch
@@ -155,7 +155,8 @@ def memory_bytes() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _check_number(name: str, value: object, *, above: float | None = None) -> None:
+def check_number(name: str, value: object, *, above: float | None = None) -> None:
+    """Raise ConfigError for a setting that is no number, or out of range."""
     number = not isinstance(value, bool) and isinstance(value, int | float)
     fits = number and (value > above if above is not None else value >= 0) and value <= _MOST_GB  # type: ignore[operator]
     if not fits:

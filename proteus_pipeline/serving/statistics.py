@@ -41,11 +41,10 @@ class Counts:
     load_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=_KEPT))
     ages: deque[float] = field(default_factory=lambda: deque(maxlen=_KEPT))
 
-    def asked(self, *, hit: bool, counted: bool = True) -> None:
+    def asked(self, *, hit: bool) -> None:
         """Count a request; what a call asks for again is its lease's request, and was counted then."""
-        if counted:
-            self.hits += hit
-            self.misses += not hit
+        self.hits += hit
+        self.misses += not hit
 
     def as_mapping(self) -> dict[str, Any]:
         """Return the counters, with the hit rate and the median and 95th percentile of seconds; None where there are none."""

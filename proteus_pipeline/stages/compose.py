@@ -8,7 +8,6 @@ stage after it runs only when a key it uses changed.
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import re
 import sys
@@ -30,6 +29,7 @@ from proteus_pipeline.registry.lock import Locked, read_lock, resolve_locked
 from proteus_pipeline.registry.provision import provide
 from proteus_pipeline.sequences.fasta import shown
 from proteus_pipeline.sequences.rules import Rules
+from proteus_pipeline.serving.settings import check_number
 from proteus_pipeline.stages.probing import ProbeSettings
 from proteus_pipeline.stages.project import CANDIDATE, COMPOSED, MANIFEST, Project
 from proteus_pipeline.stores.files import storage_error, write_atomic
@@ -291,11 +291,8 @@ def _check_runtime(runtime: RuntimeSettings) -> None:
         raise ConfigError(f"runtime.threads is {runtime.threads}", "use 1 or more, or null for torch's own choice")
     if runtime.tokens_per_batch < 1:
         raise ConfigError(f"runtime.tokens_per_batch is {runtime.tokens_per_batch}", "use 1 or more; 2048 suits a CPU")
-    gigabytes = runtime.max_memory_gb
-    if gigabytes is not None and not 0 < gigabytes < math.inf:
-        raise ConfigError(
-            f"runtime.max_memory_gb is {gigabytes}", "use a number above 0, or null for what this machine has"
-        )
+    if runtime.max_memory_gb is not None:
+        check_number("runtime.max_memory_gb", runtime.max_memory_gb, above=0)
 
 
 def _input_digests(project: Project, data: DataSettings) -> dict[str, str | None]:

@@ -20,7 +20,7 @@ def bits(encoder: object) -> list[bytes]:
 def test_it_comes_back_bit_for_bit(precision: str):
     encoder = make_encoder(make_checkpoint(), precision=precision)
     before = bits(encoder)
-    packed = Packed(encoder, encoder.architecture)
+    packed = Packed(encoder)
     assert 0 < packed.nbytes < packed.raw_bytes * 1.1
     assert bits(packed.unpack()) == bits(packed.unpack()) == before
 
@@ -29,7 +29,7 @@ def test_tensors_are_freed_as_they_are_packed():
     encoder = make_encoder(make_checkpoint())
     tensors = _Pickler.fill(encoder).kept
     assert sum(t.nbytes for t in tensors) > 100_000
-    packed = Packed(encoder, encoder.architecture)
+    packed = Packed(encoder)
     assert packed.raw_bytes > 100_000
     assert {t.nbytes for t in tensors} == {0}
 
