@@ -9,24 +9,18 @@ second before a tensor is touched, that import included, above a process that on
 
 from __future__ import annotations
 
-import json
-import os
 import statistics
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-if TYPE_CHECKING:
-    from proteus_pipeline.models.checkpoint import Checkpoint
+from _processes import PEAK, printed_by
 
 ROUNDS = 5
 LAYERS, WIDTH, HEADS = 33, 1280, 20
 TENSOR = f"esm.encoder.layer.{LAYERS // 2}.output.dense.weight"
-# Of this program alone: ru_maxrss would hold the peak of the process that started it too.
-PEAK = 'next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))'
 PROGRAM = f"""
 import json, sys, time, torch
 place, name = sys.argv[1:]
@@ -44,18 +38,10 @@ OURS = PROGRAM.replace("IMPORT", "from proteus_pipeline import ModelVersionManag
 )
 
 
-@dataclass(frozen=True)
-class Random:
-    """A model to register."""
-
-    name: str
-    checkpoint: Checkpoint
-    source: dict[str, str]
-
-
 def build(folder: Path) -> None:
     """Write the checkpoint's two forms: the registry ``home``, and ``model.pt``."""
     import torch
+    from _registrations import Given
 
     from proteus_pipeline import ModelVersionManager
     from proteus_pipeline.models.architecture import Architecture
@@ -64,7 +50,7 @@ def build(folder: Path) -> None:
     architecture = Architecture(LAYERS, WIDTH, HEADS, 4 * WIDTH)
     generator = torch.Generator().manual_seed(0)
     tensors = {n: torch.rand(shape, generator=generator) for n, shape in trunk_shapes(architecture).items()}
-    model = Random("random", Checkpoint(architecture, tensors), {})
+    model = Given("random", Checkpoint(architecture, tensors), {})
     ModelVersionManager(folder / "home").register_version(model, "1.0.0")
     torch.save({"model": tensors}, folder / "model.pt")
     print(f"{sum(t.nbytes for t in tensors.values()) / 1e9:.2f} GB in {len(tensors)} tensors")
@@ -80,12 +66,7 @@ class Run(NamedTuple):
 
 
 def measure(program: str, place: Path) -> Run:
-    command = [sys.executable, "-c", program, str(place), TENSOR]
-    # Compiled once, as an installed package is, also where the environment says that nothing compiled is kept.
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
-    environment["PYTHONPYCACHEPREFIX"] = str(place.with_name("compiled"))
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    return Run(*json.loads(done.stdout))
+    return Run(*printed_by(program, place, TENSOR))
 
 
 def main() -> None:

@@ -20,21 +20,12 @@ from pathlib import Path
 
 import torch
 from _proteins import SHAPES, random_weights, save_as_fair_esm
+from _registrations import Given
 
 from proteus_pipeline import ModelCacheManager, ModelInterface, ModelVersionManager
-from proteus_pipeline.models.checkpoint import Checkpoint
 from proteus_pipeline.models.fair_esm import to_fair_esm
 
 PROTEIN = "MKTAYIAKQRQISFVKSHFSRQLEERLGLIEVQ" * 9
-
-
-@dataclass(frozen=True)
-class Given:
-    """A model to register."""
-
-    name: str
-    checkpoint: Checkpoint
-    source: tuple[()] = ()
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -99,7 +90,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="model-cache-") as name:
         folder = Path(name)
         manager = ModelVersionManager(folder / "home")
-        manager.register_version(Given("mapped", random_weights(args.shape)), "1.0.0")
+        manager.register_version(Given("mapped", random_weights(args.shape), {}), "1.0.0")
         save_as_fair_esm(to_fair_esm(random_weights(args.shape, seed=1))[0], folder / "old.pt")
         torch.save(
             torch.load(folder / "old.pt", weights_only=False), folder / "old.pt", _use_new_zipfile_serialization=False

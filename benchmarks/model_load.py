@@ -9,8 +9,6 @@ protein. The vectors have to agree. Memory is the process's peak, over the bytes
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
 import subprocess
 import sys
@@ -18,11 +16,11 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+from _processes import PEAK, printed_by
+
 LAYERS, WIDTH, HEADS = 33, 1280, 20
 FILE = "esm2_t33_650M_UR50D.pt"  # by its name fair-esm knows what is in it
 PROTEIN = "MKTAYIAKQRQISFVKSHFSRQLEERLGLIEVQ"
-# Of this program alone: ru_maxrss would hold the peak of the process that started it too.
-PEAK = 'next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))'
 PROGRAM = f"""
 import argparse, json, sys, time, torch
 torch.set_num_threads(int(sys.argv[3]))
@@ -86,12 +84,7 @@ class Run(NamedTuple):
 
 def measure(program: str, place: Path, residues: int, threads: int) -> Run:
     protein = (PROTEIN * (residues // len(PROTEIN) + 1))[:residues]
-    command = [sys.executable, "-c", program, str(place), protein, str(threads)]
-    # Compiled once, as an installed package is, also where the environment says that nothing compiled is kept.
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
-    environment["PYTHONPYCACHEPREFIX"] = str(place.parent / "compiled")
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    return Run(*json.loads(done.stdout))
+    return Run(*printed_by(program, place, protein, str(threads)))
 
 
 def main() -> None:

@@ -90,6 +90,7 @@ def replay(trace: list[Request], name: str, limit: int) -> tuple[float, int]:
 def models(folder: Path, *, blocks: int | None = None) -> tuple[ModelVersionManager, dict[str, ModelInterface]]:
     """Write the models, of `blocks` blocks where that is given, and register those that are."""
     import _proteins
+    from _registrations import Given
 
     from proteus_pipeline.models.fair_esm import to_fair_esm
 
@@ -102,18 +103,9 @@ def models(folder: Path, *, blocks: int | None = None) -> tuple[ModelVersionMana
             _proteins.save_as_fair_esm(to_fair_esm(checkpoint)[0], folder / f"{name}.pt")
             found[name] = ModelInterface(name, manager, weights=folder / f"{name}.pt")
         else:
-            manager.register_version(Given(name, checkpoint), "1.0.0")
+            manager.register_version(Given(name, checkpoint, {}), "1.0.0")
             found[name] = ModelInterface(name, manager)
     return manager, found
-
-
-@dataclass(frozen=True)
-class Given:
-    """A model to register."""
-
-    name: str
-    checkpoint: object
-    source: tuple[()] = ()
 
 
 def record(path: Path) -> None:
