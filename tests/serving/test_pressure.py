@@ -19,7 +19,7 @@ OPERATIONS = 10_000 if os.environ.get("PROTEUS_TORTURE") == "1" else 60  # on ea
 # Layers of width 256, 3 MB each; and one of width 128: 1 to 60 MB.
 LAYERS = (1, 1, 2, 3, 4, 5, 7, 9, 11, 14, 17, 19)
 # What a process may take beside the books: results, stacks and MKL's buffers of 32 threads, blocks that are being read, and
-# what the allocator keeps of small arrays: 21 to 34 MB were seen.
+# what the allocator keeps of small arrays: 22 to 37 MB were seen.
 SLACK_BYTES = 60e6
 
 
