@@ -5,11 +5,13 @@ from __future__ import annotations
 import fcntl
 import os
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 from layouts import make_checkpoint
+from s3 import S3Server, s3_server
 
 if TYPE_CHECKING:
     from proteus_pipeline.models.checkpoint import Checkpoint
@@ -33,11 +35,27 @@ def isolated(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monke
         "XDG_CACHE_HOME",
         "TORCH_HOME",
         "PROTEUS_FAIR_ESM_URL",
+        "PROTEUS_REDIS_URL",
+        "PROTEUS_S3_URL",
     )
     for name in (*gone, "XDG_CONFIG_DIRS", "GIT_DIR", "GIT_INDEX_FILE"):
         monkeypatch.delenv(name, raising=False)
-    for name in [n for n in os.environ if n.startswith(("GIT_AUTHOR_", "GIT_COMMITTER_"))]:
+    for name in [n for n in os.environ if n.startswith(("AWS_", "GIT_AUTHOR_", "GIT_COMMITTER_"))]:
         monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="session")
+def _s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    with s3_server(tmp_path_factory.mktemp("s3") / "data") as server:
+        yield server
+
+
+@pytest.fixture
+def s3(_s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
+    """A worker's S3 server, with one bucket, and the AWS chain's variables set for it: take a prefix of your own."""
+    for name, value in _s3.environment.items():
+        monkeypatch.setenv(name, value)
+    return _s3
 
 
 @pytest.fixture(scope="session")
