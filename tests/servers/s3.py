@@ -43,18 +43,9 @@ class S3Server(Server):
             "-s3.port.iceberg=0",
             "-s3.port.lance=0",
         ]
+        command = [weed, "mini", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-bucket={BUCKET}"]
         super().__init__(
-            [
-                weed,
-                "mini",
-                f"-dir={folder}",
-                "-ip=127.0.0.1",
-                "-ip.bind=127.0.0.1",
-                f"-s3.port={self.port}",
-                f"-bucket={BUCKET}",
-            ]
-            + quiet
-            + ports,
+            [*command, f"-s3.port={self.port}", *quiet, *ports],
             folder.parent / f"{folder.name}.log",
             self._ready_now,
             {"AWS_ACCESS_KEY_ID": ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": SECRET_KEY},
