@@ -16,7 +16,8 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from proteus_pipeline.errors import ConfigError
@@ -76,10 +77,17 @@ class RedisClient:
         self.rejected = self.failures = 0
         self._seal = seal or Seal.of_environment()
         self._trip = _Trip()
-        self._redis = _connect(self.place, self._trip)
+        if find_spec("redis") is None:
+            raise ConfigError(
+                "Redis needs the library redis, which is not installed", "pip install 'proteus_pipeline[redis]'"
+            )
         self._lock = threading.Lock()
         self._pause, self._closed_until = 0.0, 0.0
         self._warned: set[str] = set()
+
+    @cached_property
+    def _redis(self) -> redis.Redis:
+        return _connect(self.place, self._trip)
 
     def __repr__(self) -> str:
         return f"RedisClient({str(self.place)!r})"
@@ -245,9 +253,10 @@ class RedisClient:
             if self._pause:
                 # One asks whether it is back; the others go on without it meanwhile.
                 self._closed_until = time.monotonic() + self._pause
-        self._trip.begin()
         try:
-            answer = question(self._redis)
+            client = self._redis
+            self._trip.begin()
+            answer = question(client)
         except Exception as error:  # noqa: BLE001 - whatever a server's answer makes of the library, work goes on without it
             self._failed(error)
             return otherwise
@@ -336,14 +345,10 @@ class _Bounded:
 
 def _connect(place: RedisPlace, trip: _Trip) -> redis.Redis:
     """Return a client of redis-py that asks once, and waits as long as said here; it connects when it is first used."""
-    try:
-        import redis
-        from redis.backoff import NoBackoff
-        from redis.retry import Retry
-    except ImportError:
-        raise ConfigError(
-            "Redis needs the library redis, which is not installed", "pip install 'proteus_pipeline[redis]'"
-        ) from None
+    import redis
+    from redis.backoff import NoBackoff
+    from redis.retry import Retry
+
     base: type[redis.Connection] = redis.SSLConnection if place.tls else redis.Connection
 
     class Bounded(base):  # type: ignore[misc, valid-type]
