@@ -368,6 +368,8 @@ def _connect(place: RedisPlace, trip: _Trip) -> redis.Redis:
 
 def _why(error: Exception) -> str:
     """Say what went wrong; never by the library's own text, which may hold what it was given."""
+    import ssl
+
     import redis
 
     if isinstance(error, redis.AuthenticationError):
@@ -377,8 +379,15 @@ def _why(error: Exception) -> str:
     if isinstance(error, redis.ResponseError):
         return f"refuses what it was asked ({type(error).__name__})"
     if isinstance(error, redis.ConnectionError | OSError):
-        return "can't be reached"
+        trusted = not any(isinstance(cause, ssl.SSLCertVerificationError) for cause in _causes(error))
+        return "can't be reached" if trusted else "can't be reached: its certificate is none to trust under that name"
     return f"gives answers that are none ({type(error).__name__})"
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def _key(kind: str, name: str) -> bytes:
