@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import socket
 import subprocess
 import sys
@@ -21,7 +22,8 @@ from proteus_pipeline.stores.sealed import Seal
 
 # What a call may take: a round trip at its longest, and what a busy machine adds.
 BOUND_S = TRIP_S + 1.0
-RULES = "~proteus:* &proteus:* -@all +@read +@write +@connection +@pubsub +@transaction +eval +evalsha +script|load"
+DOCUMENT = Path(__file__).parent.parent.parent / "docs" / "redis.md"
+(RULES,) = re.findall(r"^user proteus on >PASSWORD (.*)$", DOCUMENT.read_text(), re.MULTILINE)
 
 
 @pytest.fixture(scope="module")
