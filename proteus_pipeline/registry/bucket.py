@@ -81,6 +81,22 @@ def find_bucket(root: Path, url: str | None = None) -> Bucket:
     return Bucket(f"proteus-{hashlib.sha256(place.encode()).hexdigest()[:8]}", place, options)
 
 
+def named_bucket(root: Path) -> str | None:
+    """Return the DVC remote that ``PROTEUS_S3_URL`` names, configured for this clone; None where it names none.
+
+    Raises
+    ------
+    ConfigError, StorageError
+        As `find_bucket` and `Bucket.enter`.
+
+    """
+    if not os.environ.get(URL_VARIABLE):
+        return None
+    bucket = find_bucket(root)
+    bucket.enter(root)
+    return bucket.name
+
+
 def _verifying(name: str, options: Mapping[str, str]) -> Bucket:
     """Return a configured remote, from which DVC is to check what arrives."""
     checks = options.get("verify", "").lower() in {"true", "yes", "1", "on"}

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from proteus_pipeline.errors import ConfigError, StorageError, VersionConflictError
-from proteus_pipeline.registry.events import History, parse_tag
+from proteus_pipeline.registry.events import History, fold, parse_tag
 from proteus_pipeline.registry.git import BehindError, Git, GitError
-from proteus_pipeline.registry.refs import enter_all, exclusive
+from proteus_pipeline.registry.refs import enter_all, exclusive, in_turn
+from proteus_pipeline.registry.tags import read_events
 
 if TYPE_CHECKING:
     from proteus_pipeline.registry.hints import Hints
@@ -141,10 +142,6 @@ class SharedGit(Git):
         """Return those of some tags that the remote does not have so, by what is known of it; within `exclusive`."""
         return {tag: oid for tag, oid in tags.items() if self._seen.get(_TAGS + tag) != oid}
 
-    def peek(self) -> None:
-        """Look at the remote, and bring nothing: before an `offer` of what is here."""
-        self._seen = self.remote_refs()
-
     def remote_refs(self) -> dict[str, str]:
         """Return the remote's tags, and its last events, as object ids by ref.
 
@@ -253,6 +250,8 @@ class SharedGit(Git):
 def share_tags(git: SharedGit, history: History, number: str) -> list[str]:
     """Publish those of a version's tags that the remote lacks, once its weights are where the group finds them; return them.
 
+    Within `exclusive`.
+
     Raises
     ------
     VersionConflictError
@@ -270,3 +269,9 @@ def share_tags(git: SharedGit, history: History, number: str) -> list[str]:
             "register yours as a new version, and git tag -d this one",
         )
     return list(missing)
+
+
+def push_tags(root: Path, remote: str, name: str, number: str) -> list[str]:
+    """Publish what the repository at `root` says of a version: VersionConflictError and StorageError as `share_tags`."""
+    git = SharedGit(root, remote)
+    return in_turn(git, lambda: share_tags(git, fold(name, read_events(git, name)), number))
