@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from proteus_pipeline.embeddings.cache import EmbeddingCache
-from proteus_pipeline.embeddings.computing import Embedded, Job, Progress, spans_of, tokens_of
+from proteus_pipeline.embeddings.computing import Embedded, Progress, spans_of, tokens_of
 from proteus_pipeline.embeddings.deriving import derive, sources
+from proteus_pipeline.embeddings.engine import Done, Engine, LocalEngine, Work
 from proteus_pipeline.embeddings.explaining import counts, explain_missing
 from proteus_pipeline.embeddings.index import Attestation, now
 from proteus_pipeline.embeddings.leases import Lease
@@ -20,9 +21,6 @@ from proteus_pipeline.models.encoder import TOKENS_PER_BATCH
 if TYPE_CHECKING:
     from proteus_pipeline.embeddings.visible import Entry
     from proteus_pipeline.models.encoder import Encoder
-
-# Measuring what the machine could do takes half a second.
-_WORTH_MEASURING = 50_000
 
 
 @dataclass(frozen=True)
@@ -41,6 +39,8 @@ class Outcome:
         Wall time in all.
     saved_seconds
         What the hits took when they were computed.
+    workers
+        How many processes of a cluster computed; 0 where this one did.
     misses
         How many were computed for which reason: `proteus_pipeline.embeddings.explaining.Miss.differs`.
 
@@ -55,6 +55,7 @@ class Outcome:
     tokens: int
     seconds: float
     saved_seconds: float
+    workers: int = 0
     misses: dict[str, int] = field(default_factory=dict)
 
 
@@ -69,6 +70,40 @@ def embed(
     token_budget: int = TOKENS_PER_BATCH,
     progress: Progress | None = None,
 ) -> Outcome:
+    """Make sure that the cache holds the embedding of every sequence; what is missing is computed in this process.
+
+    See `embed_by`.
+
+    Parameters
+    ----------
+    sequences, trunk, recipe, cache, progress
+        As for `embed_by`.
+    encoder
+        Makes the encoder, over weights whose trunk digest is `trunk`; called only when something must be computed.
+    attest
+        Returns the device class and torch's version; called likewise.
+    token_budget
+        Tokens in one pass.
+
+    Raises
+    ------
+    StorageError
+        When the cache can't be read or written.
+
+    """
+    engine = LocalEngine(encoder, attest, token_budget)
+    return embed_by(engine, sequences, trunk=trunk, recipe=recipe, cache=cache, progress=progress)
+
+
+def embed_by(
+    engine: Engine,
+    sequences: Sequence[str],
+    *,
+    trunk: str,
+    recipe: Recipe,
+    cache: EmbeddingCache,
+    progress: Progress | None = None,
+) -> Outcome:
     """Make sure that the cache holds the embedding of every sequence.
 
     Hits are read and checked, not only looked up: a damaged entry is computed again. What was computed is published as
@@ -76,16 +111,14 @@ def embed(
 
     Parameters
     ----------
+    engine
+        Computes what is missing.
     sequences
         Normalised; equal ones are computed once.
     trunk, recipe
-        The trunk digest of the weights that `encoder` holds; what to compute, and how to store it.
-    encoder
-        Makes the encoder; called only when something must be computed.
-    attest
-        Returns the device class and torch's version; called likewise.
-    token_budget
-        Tokens in one pass.
+        The trunk digest of the weights; what to compute, and how to store it.
+    cache
+        Where embeddings are, and go.
     progress
         Told how far the work is.
 
@@ -93,6 +126,8 @@ def embed(
     ------
     StorageError
         When the cache can't be read or written.
+    ProteusError
+        What else keeps the engine from computing.
 
     """
     started = time.perf_counter()
@@ -105,21 +140,19 @@ def embed(
         missing = {key: s for key, s in by_key.items() if key not in done}
         read = [*found, *(_derive(cache, trunk, recipe, missing, done, lease) if missing else ())]
         missing = {key: s for key, s in missing.items() if key not in done}
-        theirs: list[Entry] = []
         tokens = sum(tokens_of(spans_of(s, recipe)) for s in missing.values())
         why = counts(explain_missing(cache, missing, trunk, recipe))
+        work = Work(trunk, recipe, cache, missing, tokens, lease, progress, len(by_key), len(read))
         if missing:
-            job = Job(trunk, recipe, cache, encoder(), attest(), token_budget, lease, progress)
-            if progress:
-                peak = job.encoder.peak() if tokens >= _WORTH_MEASURING else 0.0
-                progress.start(len(by_key), len(read), tokens, peak)
-            theirs = job.run(missing, done)
-        elif progress:
-            progress.start(len(by_key), len(read), 0, 0.0)
-        derived = len(read) - len(found)
+            computing = engine.compute(work)
+        else:
+            work.start()
+            computing = Done({}, 0)
+        done |= computing.entries
+        derived, computed = len(read) - len(found), computing.computed
         # What another run computed while this one was at work is a hit.
-        hits, computed = len(found) + len(theirs), len(missing) - len(theirs)
-        read += theirs
+        hits = len(found) + len(missing) - computed
+        read += computing.theirs
         cache.record_use(hits, derived, computed, read)
         cache.fit()
     return Outcome(
@@ -132,6 +165,7 @@ def embed(
         tokens=tokens,
         seconds=time.perf_counter() - started,
         saved_seconds=sum(e.seconds for e in read),
+        workers=computing.workers,
         misses=why,
     )
 

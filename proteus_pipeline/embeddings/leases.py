@@ -71,6 +71,11 @@ class Lease:
         self._lock = threading.Lock()
         self._write()
 
+    @property
+    def name(self) -> str | None:
+        """Its file's name, below the cache's folder; None where none could be written."""
+        return f"{FOLDER}/{self._path.name}" if self._descriptor is not None else None
+
     def add(self, segments: Iterable[str]) -> None:
         """Hold these segments too."""
         with self._lock, _turn(self._path.parent):
