@@ -268,19 +268,18 @@ _OF_ONE_RUN: dict[str, Any] = {
 def _slurm(options: ClusterOptions, folder: Path) -> Iterator[tuple[Any, Security]]:
     import dask
     from dask_jobqueue import SLURMCluster
-    from distributed import Security
 
     for path in (folder, Path(sys.executable)):
         if _UNSAFE_PATH.search(str(path)):
             raise ConfigError(f"{path} has a character that a job script would read otherwise", "use a path without it")
-    security = Security.temporary()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        secrets = tempfile.TemporaryDirectory(dir=folder, prefix=".tls-")  # only its owner may look into it
+        certificates = tempfile.TemporaryDirectory(dir=folder, prefix=".tls-")  # only its owner may look into it
+        security = _written(Path(certificates.name))
     except OSError as error:
         raise storage_error("write", folder, error) from error
     with (
-        secrets as certificates,
+        certificates,
         dask.config.set(_OF_ONE_RUN),
         SLURMCluster(
             cores=1,  # Dask's threads: one shard at a time, which has all of the job's cores
@@ -296,7 +295,6 @@ def _slurm(options: ClusterOptions, folder: Path) -> Iterator[tuple[Any, Securit
             worker_extra_args=["--no-dashboard", "--memory-limit", "0"],  # the job's own limit is SLURM's to keep
             job_script_prologue=["export DASK_DISTRIBUTED__WORKER__HTTP__ROUTES='[]'"],
             log_directory=str(folder),
-            shared_temp_directory=certificates,
             security=security,
             protocol="tls://",
             interface=options.interface,
@@ -307,6 +305,18 @@ def _slurm(options: ClusterOptions, folder: Path) -> Iterator[tuple[Any, Securit
         _try_script(cluster.job_script())
         cluster.scale(options.workers)
         yield cluster, security
+
+
+def _written(folder: Path) -> Security:
+    """Return certificates of one run, in files: the jobs read them there, and their command lines hold no more than names."""
+    from distributed import Security
+
+    made = Security.temporary().get_tls_config_for_role("worker")
+    for name in ("ca_file", "cert", "key"):
+        (folder / f"{name}.pem").write_text(made[name], encoding="ascii")
+    roles = ("client", "scheduler", "worker")
+    files = {f"tls_{role}_{name}": str(folder / f"{name}.pem") for role in roles for name in ("cert", "key")}
+    return Security(tls_ca_file=str(folder / "ca_file.pem"), require_encryption=True, **files)
 
 
 def _try_script(script: str) -> None:

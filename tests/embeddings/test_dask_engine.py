@@ -14,19 +14,19 @@ from pathlib import Path
 import dask
 import psutil
 import pytest
+from bench import RECIPE, Bench, Told
 from conftest import ROOT
 from dask_cluster import DaskCluster, certificates, dask_cluster
+from slurm import Slurm, missing, slurm
 
 from proteus_pipeline import ModelInterface, ModelVersionManager
 from proteus_pipeline.embeddings import cluster as clusters
 from proteus_pipeline.embeddings import dask_engine, shard_task
 from proteus_pipeline.embeddings.cache import EmbeddingCache
 from proteus_pipeline.embeddings.cluster import ClusterOptions
-from proteus_pipeline.embeddings.dask_engine import DaskEngine
-from proteus_pipeline.embeddings.embedder import Outcome, embed, embed_by
-from proteus_pipeline.embeddings.index import key_strings
-from proteus_pipeline.embeddings.recipe import Recipe
-from proteus_pipeline.embeddings.shard_task import Task, Weights, compute_shard
+from proteus_pipeline.embeddings.embedder import embed
+from proteus_pipeline.embeddings.engine import Work
+from proteus_pipeline.embeddings.shard_task import Task, compute_shard
 from proteus_pipeline.errors import ClusterError, ConfigError, IntegrityError, StorageError
 from proteus_pipeline.models.checkpoint import Checkpoint
 from proteus_pipeline.models.device import attested
@@ -36,7 +36,6 @@ from proteus_pipeline.sequences.fasta import read_fasta
 pytestmark = pytest.mark.xdist_group("dask")  # one cluster at a time: each has processes of its own
 
 TORTURE = os.environ.get("PROTEUS_TORTURE") == "1"
-RECIPE = Recipe(6)
 LOCAL = ClusterOptions(shard_tokens=1000, threads=1)
 
 
@@ -75,53 +74,6 @@ def alone(checkpoint: Checkpoint, proteins: dict[str, str], tmp_path_factory: py
         attest=lambda: attested("cpu"),
     )
     return {e.key: e.content for e in outcome.entries}
-
-
-class Told:
-    """A run's progress; does something once so many sequences are computed."""
-
-    def __init__(self, at: int = 0, do: Callable[[], None] = lambda: None) -> None:
-        self.total = self.hits = self.done = self.tokens = 0
-        self._at, self._do = at, do
-
-    def start(self, total: int, hits: int, _tokens: int, _peak: float) -> None:
-        self.total, self.hits = total, hits
-
-    def advance(self, sequences: int, tokens: int, _flops: float) -> None:
-        before, self.done = self.done, self.done + sequences
-        self.tokens += tokens
-        if before < self._at <= self.done:
-            self._do()
-
-
-class Bench:
-    """A cache to fill by a cluster."""
-
-    def __init__(self, path: Path, registry: Path, trunk: str, proteins: dict[str, str]) -> None:
-        self.path, self.trunk, self.proteins = path, trunk, proteins
-        self.weights = Weights(str(registry), "demo@v1.0.0", trunk, "cpu", None, None, 2048)
-
-    def run(self, options: ClusterOptions, told: Told | None = None, sequences: Sequence[str] = ()) -> Outcome:
-        names = {s: name for name, s in self.proteins.items()}
-        engine = DaskEngine(options, lambda: self.weights, (self.path, None), str, self.path.parent / "logs", names)
-        return embed_by(
-            engine,
-            sequences or list(self.proteins.values()),
-            trunk=self.trunk,
-            recipe=RECIPE,
-            cache=EmbeddingCache(self.path),
-            progress=told,
-        )
-
-    def stored(self) -> Counter[str]:
-        """How many entries there are of each key, in all segments."""
-        cache = EmbeddingCache(self.path)
-        cache.refresh()
-        return Counter(key for index in cache.visible.indexes for key in key_strings(index.keys()))
-
-    def contents(self) -> dict[str, str]:
-        """Content hashes by key, of entries that were read and checked."""
-        return {e.key: e.content for e, _ in EmbeddingCache(self.path).find(self.stored())}
 
 
 @pytest.fixture
@@ -192,7 +144,7 @@ def test_a_shard_that_kills_its_workers_is_tried_3_times_and_the_rest_completes(
     poisoned([bench.proteins[killer]], [bench.proteins[failing]])
     with (
         caplog.at_level(logging.WARNING),
-        pytest.raises(ClusterError, match="2 of .* shards could not be computed") as caught,
+        pytest.raises(ClusterError, match=r"2 of .* shards could not be computed") as caught,
     ):
         bench.run(LOCAL)
     attempts = Counter((tmp_path / "attempts").read_text().split())
@@ -215,7 +167,7 @@ def test_what_is_wrong_everywhere_is_said_once(bench: Bench, registry: Path):
     bench.weights = replace(bench.weights, trunk="0" * 32)
     told = Told()
     with pytest.raises(IntegrityError, match=f"has trunk {bench.trunk} on .*, and the run asks for {'0' * 32}"):
-        bench.run(LOCAL, told)
+        bench.run(replace(LOCAL, workers=1), told)
     assert (told.done, bench.stored()) == (0, {})
 
 
@@ -291,9 +243,11 @@ def test_a_damaged_entry_is_computed_again_and_served(bench: Bench, task: Task, 
     data = bytearray(segment.read_bytes())
     data[entry.offset] ^= 1
     segment.write_bytes(data)
-    outcome = bench.run(LOCAL, sequences=list(shard(bench, 1).values()))
-    assert [(e.key, e.content) for e in outcome.entries] == [(entry.key, alone[entry.key])]
-    assert outcome.computed == 1
+    assert compute_shard(task, shard(bench, 1)).computed == 1
+    cache = EmbeddingCache(bench.path)
+    with cache.hold() as lease:
+        found = dask_engine._published(Work(bench.trunk, RECIPE, cache, shard(bench, 1), 0, lease, None, 1, 0))
+    assert {key: e.content for key, e in found.items()} == {entry.key: alone[entry.key]}
 
 
 def test_a_worker_of_another_revision_or_device_class_computes_nothing(bench: Bench, task: Task):
@@ -312,16 +266,60 @@ def test_a_worker_with_another_folder_in_the_caches_place_computes_nothing(
 ):
     monkeypatch.setattr(shard_task, "_VISIBLE_S", 0.0)
     (tmp_path / "elsewhere").mkdir()
-    with pytest.raises(StorageError, match="does not see this run's cache, .*elsewhere; set cache.path to a folder"):
+    with pytest.raises(StorageError, match=r"does not see this run's cache, .*elsewhere; set cache.path to a folder"):
         compute_shard(replace(task, cache=str(tmp_path / "elsewhere")), shard(bench))
     gone = replace(task, weights=replace(task.weights, home=str(tmp_path / "nowhere")))
-    with pytest.raises(StorageError, match="does not see .*nowhere; keep the project in a folder"):
+    with pytest.raises(StorageError, match=r"does not see .*nowhere; keep the project in a folder"):
         compute_shard(gone, shard(bench))
 
 
 def test_what_workers_published_elsewhere_is_missed_in_time(bench: Bench):
-    from proteus_pipeline.embeddings.engine import Work
-
     cache = EmbeddingCache(bench.path)
     with cache.hold() as lease, pytest.raises(StorageError, match="2 embeddings that workers published are not seen"):
         dask_engine._published(Work(bench.trunk, RECIPE, cache, shard(bench), 0, lease, None, 2, 0), patience=0.0)
+
+
+# Real SLURM.
+
+needs_slurm = pytest.mark.skipif(bool(missing()), reason=missing())
+JOBS = ClusterOptions("slurm", shard_tokens=1000, workers=2, cores=1, memory="1GB", walltime="00:10:00")
+
+
+@pytest.fixture
+def jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Slurm]:
+    with slurm(tmp_path / "slurm") as cluster:
+        for name, value in cluster.environment.items():
+            monkeypatch.setenv(name, value)
+        yield cluster
+
+
+@needs_slurm
+@pytest.mark.torture
+def test_a_slurm_job_is_cancelled(bench: Bench, alone: dict[str, str], jobs: Slurm):
+    cancelled: list[str] = []
+
+    def cancel() -> None:
+        # At full count all of them: the run has to ask for others.
+        cancelled.extend(jobs.jobs("R") if TORTURE else jobs.jobs("R")[:1])
+        jobs.ask("scancel", *cancelled)
+
+    outcome = bench.run(JOBS, Told(len(alone) // 4, cancel))
+    assert cancelled
+    assert {e.key: e.content for e in outcome.entries} == alone
+    check_all_there_none_twice(bench, alone)
+    logs = bench.path.parent / "logs"
+    assert sorted(path.suffix for path in logs.iterdir())[:2] == [".err", ".err"]  # and no certificate
+    assert {path.suffix for path in logs.iterdir()} == {".err", ".out"}
+    deadline = time.monotonic() + 60
+    while jobs.jobs() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not jobs.jobs()
+
+
+@needs_slurm
+def test_a_job_that_slurm_does_not_take_is_refused_at_once(bench: Bench, jobs: Slurm):
+    for wrong in (replace(JOBS, queue="nowhere"), replace(JOBS, cores=999), replace(JOBS, directives=["--nonsense"])):
+        with pytest.raises(ClusterError, match="SLURM does not take such a job: ") as caught:
+            bench.run(wrong)
+        assert "\n" not in str(caught.value)
+    assert not jobs.jobs()
