@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from proteus_pipeline.errors import ClusterError, ConfigError
+from proteus_pipeline.serving.settings import GB, CacheSettings
 from proteus_pipeline.stores.files import storage_error
 
 if TYPE_CHECKING:
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
 KINDS = ("local", "scheduler", "slurm")
 _ADDRESS = re.compile(r"(tls|tcp)://([\w.-]+|\[[0-9a-fA-F:.]+\]):[0-9]{1,5}", re.ASCII)
 _WORD = re.compile(r"[\w.:,@/+-]+", re.ASCII)
-# SLURM reads a number alone as minutes, and YAML reads an unquoted 01:00:00 as 3600.
-_WALLTIME = re.compile(r"(\d+-)?\d+(:\d\d){1,2}|\d+-\d+", re.ASCII)
+# SLURM takes a number alone for minutes, and YAML takes 10:00:00 for a number of seconds.
+_WALLTIME = re.compile(r"\d+-\d+(:\d\d){0,2}|\d+(:\d\d){1,2}", re.ASCII)
 _MEMORY = re.compile(r"\d+(\.\d+)? ?[kKMGT]i?B?", re.ASCII)
 # In a job script these mean something else; what writes the script does not quote.
 _UNSAFE_PATH = re.compile(r"[^\w./+=@:,~-]")
@@ -62,7 +63,7 @@ class ClusterOptions:
     insecure: bool = False
     queue: str | None = None
     account: str | None = None
-    walltime: str = "01:00:00"
+    walltime: str = "0-01:00:00"
     cores: int = 4
     memory: str = "8GB"
     interface: str | None = None
@@ -82,7 +83,7 @@ class ClusterOptions:
             if value is not None and not _WORD.fullmatch(value):
                 raise ConfigError(f"cluster.{name} is {value!r}", "use one word of letters, digits and . : , @ / + -")
         if not _WALLTIME.fullmatch(self.walltime):
-            raise ConfigError(f"cluster.walltime is {self.walltime!r}", "use HH:MM:SS or D-HH, in quotes")
+            raise ConfigError(f"cluster.walltime is {self.walltime!r}", "use D-HH:MM:SS, as 0-04:00:00")
         if not _MEMORY.fullmatch(self.memory):
             raise ConfigError(f"cluster.memory is {self.memory!r}", "use a number and a unit, as 8GB")
         for line in self.directives:
@@ -144,6 +145,12 @@ class ClusterOptions:
         if self.kind == "local":
             return max(1, len(os.sched_getaffinity(0)) // self.workers)
         return self.cores if self.kind == "slurm" else None
+
+    def memory_each(self, max_memory_gb: float | None) -> float | None:
+        """Return what models may take in a worker, in 10^9 bytes: on one machine, the workers share what there is."""
+        if self.kind != "local":
+            return max_memory_gb
+        return CacheSettings(max_memory_gb).host_limit()[0] / GB / self.workers
 
 
 class Running(NamedTuple):

@@ -86,10 +86,12 @@ class DaskEngine:
         """
         if work.lease.name is None:
             raise StorageError(
-                f"{self.cache[0]} can't be written to, or has no locks, so that workers can't know it by this run's lease",
-                "use a cache.path that can be written to, and on Lustre one that is mounted with -o flock",
+                f"{self.cache[0]} can't be written to, so that workers could not know it by this run's lease",
+                "use a cache.path that can be written to",
             )
-        weights = replace(self.weights(), threads=self.options.threads_each)
+        weights = self.weights()
+        memory = self.options.memory_each(weights.max_memory_gb)
+        weights = replace(weights, threads=self.options.threads_each, max_memory_gb=memory)
         task = Task(
             weights,
             work.recipe,

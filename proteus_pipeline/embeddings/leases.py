@@ -171,6 +171,19 @@ def held(cache: Path) -> Held:
     return Held(frozenset(segments), since)
 
 
+def seems_free(path: Path) -> bool:
+    """Say whether a live run's lease could be locked here: then locks do not reach from the run's node to this one.
+
+    Where there are no locks at all, it could not.
+    """
+    with path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return False
+    return True
+
+
 class _Said(NamedTuple):
     since: int
     segments: set[str]

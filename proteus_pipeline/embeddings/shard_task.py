@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from proteus_pipeline.embeddings.cache import EmbeddingCache
 from proteus_pipeline.embeddings.computing import Embedded, Job, spans_of, tokens_of
+from proteus_pipeline.embeddings.leases import seems_free
 from proteus_pipeline.embeddings.recipe import Recipe
 from proteus_pipeline.errors import ConfigError, IntegrityError, StorageError
 from proteus_pipeline.models.device import attested, device_class, resolve_device
@@ -140,10 +141,22 @@ def _checked(task: Task) -> str:
             f"the worker on {host} computes by engine revision {ENGINE_REVISION}, and the run asks for {task.recipe.engine}",
             "install the same proteus_pipeline there",
         )
-    _wait_for(Path(task.cache, task.lease), f"the worker on {host} does not see this run's cache, {task.cache}",
-              "set cache.path to a folder that all nodes share, by the same name")  # fmt: skip
-    _wait_for(Path(task.weights.home), f"the worker on {host} does not see {task.weights.home}",
-              "keep the project in a folder that all nodes share, by the same name")  # fmt: skip
+    lease = Path(task.cache, task.lease)
+    _wait_for(
+        lease,
+        f"the worker on {host} does not see this run's cache, {task.cache}",
+        "set cache.path to a folder that all nodes share, by the same name",
+    )
+    if seems_free(lease):
+        raise StorageError(
+            f"locks in {task.cache} do not reach from the run's node to {host}: each would take the other's runs for dead",
+            "mount it with flock (Lustre, not localflock) or without local_lock (NFS)",
+        )
+    _wait_for(
+        Path(task.weights.home),
+        f"the worker on {host} does not see {task.weights.home}",
+        "keep the project in a folder that all nodes share, by the same name",
+    )
     device = resolve_device(task.weights.device)
     if task.only_class and device_class(device) != task.only_class:
         raise ConfigError(

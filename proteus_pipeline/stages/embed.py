@@ -104,7 +104,7 @@ def _weights(project: Project, composed: dict[str, Any], stage: str) -> Weights:
         trunk=model["trunk_digest"],
         device=runtime["device"],
         max_memory_gb=runtime["max_memory_gb"],
-        threads=runtime["threads"],
+        threads=None,  # cluster.threads says it, or what a worker has
         token_budget=runtime["tokens_per_batch"],
     )
 

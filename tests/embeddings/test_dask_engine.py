@@ -273,6 +273,18 @@ def test_a_worker_with_another_folder_in_the_caches_place_computes_nothing(
         compute_shard(gone, shard(bench))
 
 
+def test_a_worker_that_could_lock_the_runs_lease_computes_nothing(bench: Bench, task: Task, tmp_path: Path):
+    # A mount that keeps locks to its node: the file is there, and seems to be nobody's.
+    other = EmbeddingCache(tmp_path / "other")
+    with other.hold() as lease:
+        assert lease.name
+        data = (other.path / lease.name).read_bytes()
+    (other.path / lease.name).write_bytes(data)
+    with pytest.raises(StorageError, match=r"do not reach from the run's node to .*; mount it with flock"):
+        compute_shard(replace(task, cache=str(other.path), lease=lease.name), shard(bench))
+    assert (other.path / lease.name).read_bytes() == data
+
+
 def test_what_workers_published_elsewhere_is_missed_in_time(bench: Bench):
     cache = EmbeddingCache(bench.path)
     with cache.hold() as lease, pytest.raises(StorageError, match="2 embeddings that workers published are not seen"):
