@@ -71,6 +71,11 @@ class Lease:
         self._lock = threading.Lock()
         self._write()
 
+    @property
+    def name(self) -> str | None:
+        """Its file's name, below the cache's folder; None where none could be written."""
+        return f"{FOLDER}/{self._path.name}" if self._descriptor is not None else None
+
     def add(self, segments: Iterable[str]) -> None:
         """Hold these segments too."""
         with self._lock, _turn(self._path.parent):
@@ -164,6 +169,19 @@ def held(cache: Path) -> Held:
                 segments |= said.segments
                 since = said.since if since is None else min(said.since, since)
     return Held(frozenset(segments), since)
+
+
+def seems_free(path: Path) -> bool:
+    """Say whether a live run's lease could be locked here: then locks do not reach from the run's node to this one.
+
+    Where there are no locks at all, it could not.
+    """
+    with path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return False
+    return True
 
 
 class _Said(NamedTuple):

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from proteus_pipeline.config.composition import COMMAND_LINE, PARAMS, Composition, compose, read_params
+from proteus_pipeline.embeddings.cluster import ClusterOptions
+from proteus_pipeline.embeddings.engine import ENGINES
 from proteus_pipeline.embeddings.manifest import read_manifest
 from proteus_pipeline.embeddings.recipe import Recipe
 from proteus_pipeline.errors import ConfigError, ProteusError, StorageError, VersionNotFoundError
@@ -110,9 +112,13 @@ def resolve_stages(
 ) -> dict[str, Any]:
     """Return what `resolve` does for some stages' models, without reading the input files."""
     settings = composition.settings
-    if settings.engine != "local":
-        raise composition.blame(ConfigError(f"{settings.engine!r} is no engine", "use local"), "engine")
+    if settings.engine not in ENGINES:
+        raise composition.blame(
+            ConfigError(f"{settings.engine!r} is no engine", f"use {' or '.join(ENGINES)}"), "engine"
+        )
     _check_ranges(composition)
+    if settings.engine == "dask":
+        cluster_options(project, dataclasses.asdict(settings.cluster)).check_usable()
     stages = {
         name: _stage(project, composition, name, getattr(settings.stages, name).model, progress) for name in names
     }
@@ -126,6 +132,7 @@ def resolve_stages(
         "cache": dataclasses.asdict(settings.cache),
         "engine": settings.engine,
         "runtime": dataclasses.asdict(settings.runtime),
+        "cluster": dataclasses.asdict(settings.cluster),
     }
 
 
@@ -146,6 +153,14 @@ def recipe_of(composed: dict[str, Any], stage: str) -> Recipe:
         window=own["window"],
         overlap=own["overlap"],
     )
+
+
+def cluster_options(project: Project, settings: dict[str, Any]) -> ClusterOptions:
+    """Return a composed ``cluster`` section; certificates are named from the project's root, as all paths are."""
+    files = {
+        n: str(project.home / Path(settings[n]).expanduser()) for n in ("tls_ca", "tls_cert", "tls_key") if settings[n]
+    }
+    return ClusterOptions(**settings | files)
 
 
 def _stage(
@@ -225,6 +240,7 @@ def _check_ranges(composition: Composition) -> None:
         ("embedding", lambda: _recipe_values(composition)),
         ("cache", lambda: _check_cache(s.cache)),
         ("runtime", lambda: _check_runtime(s.runtime)),
+        ("cluster", lambda: ClusterOptions(**dataclasses.asdict(s.cluster))),
     ]
     for section, check in checks:
         try:

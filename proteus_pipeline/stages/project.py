@@ -37,6 +37,7 @@ DRIFT = "results/drift.json"
 DRIFTS = "results/drift.csv"
 REPORT = "results/report.html"
 RUN = "results/run.json"
+CLUSTER = ".proteus/cluster"
 _PACKAGES = (
     "proteus_pipeline", "torch", "numpy", "scikit-learn", "zarr", "numcodecs", "xxhash", "hydra-core", "dvc", "gitpython"
 )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import random
 import shutil
@@ -408,3 +409,13 @@ def test_what_is_not_permitted_is_one_line_that_says_so(forbidden: Path):
     with pytest.raises(StorageError, match="cannot write"):
         unfinished.publish()
     unfinished.discard()
+
+
+def test_on_nfs_a_mapped_file_may_be_removed_by_another_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    store = LocalStore(tmp_path)
+    store.write("a/b", b"bytes")
+    assert isinstance(store.map("a/b"), mmap.mmap)
+    monkeypatch.setattr("proteus_pipeline.stores.store.file_system", lambda _: "nfs4")
+    read = store.map("a/b")
+    (tmp_path / "a" / "b").write_bytes(b"")  # where it were mapped, this would kill whoever looks at it
+    assert bytes(read) == b"bytes"
