@@ -45,6 +45,8 @@ class CacheSettings:
     shared: str | None = None
     max_bytes: int | None = None
     policy: str = MISSING
+    local_bytes: int = MISSING
+    write_back: bool = MISSING
 
 
 @dataclass
