@@ -46,6 +46,8 @@ class CacheSettings:
     max_bytes: int | None = None
     policy: str = MISSING
     redis: str | None = None
+    local_bytes: int = MISSING
+    write_back: bool = MISSING
 
 
 @dataclass

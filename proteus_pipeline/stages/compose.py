@@ -35,6 +35,7 @@ from proteus_pipeline.serving.settings import check_number
 from proteus_pipeline.stages.probing import ProbeSettings
 from proteus_pipeline.stages.project import CANDIDATE, COMPOSED, MANIFEST, Project
 from proteus_pipeline.stores.files import storage_error, write_atomic
+from proteus_pipeline.stores.places import check_location, scheme_of
 from proteus_pipeline.stores.redis_url import VARIABLE, given_url, parse_url
 
 if TYPE_CHECKING:
@@ -258,7 +259,15 @@ def _recipe_values(composition: Composition) -> None:
 def _check_cache(settings: CacheSettings) -> None:
     from proteus_pipeline.embeddings.cache import EmbeddingCache
 
-    EmbeddingCache(".", accept=settings.accept, max_bytes=settings.max_bytes, policy=settings.policy)
+    EmbeddingCache(
+        ".",
+        accept=settings.accept,
+        max_bytes=settings.max_bytes,
+        policy=settings.policy,
+        shared=settings.shared,
+        local_bytes=settings.local_bytes,
+        write_back=settings.write_back,
+    )
     if settings.redis:  # what the environment says is blamed on no file
         check_redis(settings)
 
@@ -285,20 +294,26 @@ def check_redis(settings: CacheSettings) -> None:
 
 
 def check_cache_folders(project: Project, settings: CacheSettings) -> None:
-    """Refuse a cache that can't be a folder, and a shared one that is no cache.
+    """Refuse a cache that can't be a folder, and a shared one that is no cache. No server is asked.
 
     Raises
     ------
     StorageError
         Naming the key and the path.
+    ConfigError
+        For a URL that can't be used.
 
     """
+    if scheme_of(settings.path):
+        raise ConfigError(f"cache.path is {settings.path}, and has to be a folder", "set cache.shared to a URL")
     path = project.home / Path(settings.path).expanduser()
     there = next(p for p in (path, *path.absolute().parents) if os.path.lexists(p))
     if not there.is_dir():
         raise StorageError(f"cache.path is {path}, and {there} is no folder", "set cache.path=FOLDER")
     check_redis(settings)
-    if settings.shared:
+    if settings.shared and scheme_of(settings.shared):
+        check_location(settings.shared)
+    elif settings.shared:
         check_is_cache(project.home / Path(settings.shared).expanduser(), "cache.shared")
 
 
