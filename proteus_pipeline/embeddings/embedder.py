@@ -16,6 +16,7 @@ from proteus_pipeline.embeddings.leases import Lease
 from proteus_pipeline.embeddings.publication import Publication
 from proteus_pipeline.embeddings.recipe import Recipe
 from proteus_pipeline.models.encoder import TOKENS_PER_BATCH
+from proteus_pipeline.stores.counts import count
 
 if TYPE_CHECKING:
     from proteus_pipeline.embeddings.visible import Entry
@@ -99,7 +100,9 @@ def embed(
     keys = [recipe.key(trunk, s) for s in sequences]
     by_key = dict(zip(keys, sequences, strict=True))
     with cache.hold() as lease:
+        began = time.perf_counter()
         found = [entry for entry, _ in cache.find(by_key)]
+        reading = time.perf_counter() - began
         lease.add(e.segment for e in found)
         done = {e.key: Embedded(e.key, e.shape, e.stored, e.content) for e in found}
         missing = {key: s for key, s in by_key.items() if key not in done}
@@ -121,6 +124,9 @@ def embed(
         hits, computed = len(found) + len(theirs), len(missing) - len(theirs)
         read += theirs
         cache.record_use(hits, derived, computed, read)
+        if found:
+            count("proteus_cache_load_seconds", reading, cache="embeddings")
+        count("proteus_embedding_saved_seconds_total", sum(e.seconds for e in read))
         cache.fit()
     return Outcome(
         tuple(done[key] for key in keys),
