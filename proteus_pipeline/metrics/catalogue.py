@@ -8,8 +8,9 @@ from itertools import product
 MONITOR, SERVICE = "monitor", "service"
 """Where a metric is shown: by ``proteus monitor``, and by a process that serves models (`ModelCacheManager.prometheus`)."""
 EMBEDDINGS, MODELS = "embeddings", "models"
-RESULTS = {EMBEDDINGS: ("hit", "derived", "miss"), MODELS: ("hit", "miss")}
-CAUSES = {EMBEDDINGS: ("room",), MODELS: ("room", "shrunk", "expired", "invalidated", "cleared")}
+RESULTS = ("hit", "miss")
+CAUSES = ("room", "shrunk", "expired", "invalidated", "cleared")
+"""Why a model is let go."""
 CODES = ("1", "2", "3", "4", "5")
 """Exit codes: an error, a wrong setting, drift or stale, integrity, conflict."""
 SOURCES = ("weights", "compressed")
@@ -33,8 +34,9 @@ class Metric:
     labels
         Their names.
     known
-        Values of the labels that are shown from the start, as 0 where nothing was counted: a counter that first appears
-        with its first event has no rate.
+        Values of the labels that processes count under; they are shown from the start, as 0 where nothing was counted: a
+        counter that first appears with its first event has no rate. What is read from tags, events and files is not in here:
+        where it can't be read it is absent, and not 0.
     buckets
         Upper bounds of a histogram's, without infinity.
     shown
@@ -57,12 +59,8 @@ class Metric:
         return next((unit for unit in ("bytes", "seconds") if bare.endswith(f"_{unit}")), "")
 
 
-def _pairs(values: dict[str, tuple[str, ...]]) -> tuple[tuple[str, ...], ...]:
-    return tuple((cache, value) for cache, these in values.items() for value in these)
-
-
-def _version(name: str, text: str, kind: str = "counter") -> Metric:
-    return Metric(f"proteus_version_{name}", kind, text)
+def _version(name: str, text: str, kind: str = "counter", known: tuple[tuple[str, ...], ...] = ()) -> Metric:
+    return Metric(f"proteus_version_{name}", kind, text, known=known)
 
 
 _BOTH = (MONITOR, SERVICE)
@@ -70,7 +68,11 @@ _CACHES = ((EMBEDDINGS,), (MODELS,))
 
 _ALL = (
     _version("registrations_total", "Versions registered."),
-    _version("conflicts_total", "Registrations refused, since the version exists with other content or was deleted."),
+    _version(
+        "conflicts_total",
+        "Registrations refused, since the version exists with other content or was deleted.",
+        known=((),),
+    ),
     _version("rollbacks_total", "Times that a version was made current, back or forward."),
     _version("deletions_total", "Versions deleted."),
     _version("restorations_total", "Deleted versions brought back."),
@@ -85,7 +87,7 @@ _ALL = (
         "counter",
         "Look-ups: stored or loaded (hit), computed from what is stored (derived), or neither (miss).",
         ("cache", "result"),
-        _pairs(RESULTS),
+        tuple((MODELS, result) for result in RESULTS),
         shown=_BOTH,
     ),
     Metric(
@@ -93,7 +95,7 @@ _ALL = (
         "counter",
         "Segments of embeddings, or loaded models, that were let go.",
         ("cache", "cause"),
-        _pairs(CAUSES),
+        tuple((MODELS, cause) for cause in CAUSES),
         shown=_BOTH,
     ),
     Metric(

@@ -36,14 +36,15 @@ class Readings:
     ----------
     shown
         `proteus_pipeline.metrics.catalogue.MONITOR` or ``SERVICE``: whose metrics these are.
-    of
-        Of these caches alone; of all where empty. What the catalogue knows of them starts at 0.
 
     """
 
-    def __init__(self, shown: str, *of: str) -> None:
+    def __init__(self, shown: str) -> None:
         self.metrics = {name: metric for name, metric in CATALOGUE.items() if shown in metric.shown}
         self.values: dict[str, dict[tuple[str, ...], float | Observed]] = {name: {} for name in self.metrics}
+
+    def zero(self, *of: str) -> None:
+        """Put 0 for all that processes count under: of these caches alone, or of everything where none is named."""
         for name, metric in self.metrics.items():
             for labels in metric.known:
                 if not of or metric.labels[:1] != ("cache",) or labels[0] in of:

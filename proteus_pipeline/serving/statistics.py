@@ -7,13 +7,11 @@ from dataclasses import dataclass, field
 from statistics import quantiles
 from typing import Any
 
-from proteus_pipeline.metrics.catalogue import CATALOGUE, MODELS, SERVICE
-from proteus_pipeline.metrics.catalogue import CAUSES as CAUSES_BY_CACHE
+from proteus_pipeline.metrics.catalogue import CATALOGUE, CAUSES, MODELS, SERVICE
 from proteus_pipeline.metrics.lines import observed
 from proteus_pipeline.metrics.readings import Observed, Readings
 from proteus_pipeline.stores.counts import count
 
-CAUSES = CAUSES_BY_CACHE[MODELS]
 _KEPT = 1000  # of the latest loads and evictions, for their quantiles
 _LOAD, _AGE = "proteus_cache_load_seconds", "proteus_cache_eviction_age_seconds"
 
@@ -125,7 +123,7 @@ def readings(stats: dict[str, Any], counts: Counts) -> Readings:
     """
     from importlib.metadata import version
 
-    made = Readings(SERVICE, MODELS)
+    made = Readings(SERVICE)
     made.set("proteus_build_info", 1, version=version("proteus_pipeline"))
     for result in ("hit", "miss"):
         made.set(

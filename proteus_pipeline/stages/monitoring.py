@@ -103,7 +103,9 @@ class Monitor:
 
     def _counts(self, readings: Readings) -> None:
         folder = self.home / ".proteus" / FOLDER
-        readings.add_counts(CountsFile(folder).totals())
+        found = CountsFile(folder).totals()
+        readings.zero()
+        readings.add_counts(found)
         held = Counter({"cpu models": 0.0})
         for said in announced(folder):
             held.update(said)
