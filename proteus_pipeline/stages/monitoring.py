@@ -14,14 +14,17 @@ from proteus_pipeline.errors import ProteusError
 from proteus_pipeline.metrics.catalogue import EMBEDDINGS, MODELS, MONITOR
 from proteus_pipeline.metrics.readings import Readings
 from proteus_pipeline.registry.activity import measure_activity
+from proteus_pipeline.registry.listing import tags_of
 from proteus_pipeline.registry.lookup import VersionLookup
 from proteus_pipeline.registry.places import project_root
 from proteus_pipeline.stages.project import Project
 from proteus_pipeline.stores.counts import FOLDER, CountsFile
+from proteus_pipeline.stores.files import storage_error
 from proteus_pipeline.stores.live import announced
 
 if TYPE_CHECKING:
     from proteus_pipeline.embeddings.activity import CacheMeter
+    from proteus_pipeline.registry.events import History
 
 # What is measured by itself, so that the others are there where one can't be.
 _PARTS = ("versions", "embeddings", "counts")
@@ -44,6 +47,7 @@ class Monitor:
         root = project_root()
         ours = root is not None and root.resolve() == home.resolve()
         self._project = Project.find() if ours and (home / CONF / "config.yaml").is_file() else None
+        self._histories: tuple[bytes | None, list[History]] = (None, [])
         self._meter: tuple[tuple[object, ...], CacheMeter] | None = None
         self._turn = threading.Lock()  # scrapes come when they like, and a cache is read by one thread at a time
 
@@ -56,6 +60,9 @@ class Monitor:
             for part, measure in zip(_PARTS, measures, strict=True):
                 try:
                     measure(readings)
+                except OSError as error:
+                    errors.append(error if isinstance(error, ProteusError) else storage_error("read", self.home, error))
+                    readings.set("proteus_monitor_success", 0, part=part)
                 except ProteusError as error:
                     errors.append(error)
                     readings.set("proteus_monitor_success", 0, part=part)
@@ -64,7 +71,11 @@ class Monitor:
         return readings, errors
 
     def _versions(self, readings: Readings) -> None:
-        found = measure_activity(self.home, VersionLookup(self.home).histories())
+        tags = tags_of(self.home) if (self.home / ".git").exists() else None
+        if tags is None or tags != self._histories[0]:
+            # Reading a thousand records takes a quarter of a second, and most scrapes find the tags of the last one.
+            self._histories = tags, VersionLookup(self.home).histories()
+        found = measure_activity(self.home, self._histories[1])
         for name in ("registrations", "rollbacks", "deletions", "restorations", "adoptions"):
             readings.set(f"proteus_version_{name}_total", getattr(found, name))
         readings.set("proteus_version_storage_bytes", found.storage_bytes)

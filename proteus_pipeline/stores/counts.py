@@ -25,6 +25,8 @@ FOLDER = "metrics"
 COMPACT_BYTES = 1 << 18
 # How long an append waits for its turn, which takes others some 50 microseconds each, seconds.
 _PATIENCE, _FIRST_PAUSE, _LONGEST_PAUSE = 5.0, 0.0002, 0.005
+# Not through a link, which a clone may bring, and not into a pipe that nobody reads.
+_APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 _counting: Callable[[], Path] | None = None
 
 
@@ -48,7 +50,7 @@ class CountsFile:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with self._turn() as locked:
-                descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+                descriptor = os.open(self.path, _APPEND, 0o666)
                 try:
                     written, size = os.write(descriptor, line), os.fstat(descriptor).st_size
                 finally:

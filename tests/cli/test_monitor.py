@@ -194,6 +194,17 @@ def test_what_can_not_be_read_is_said_and_the_rest_is_told(project: Monitored, m
     assert (code, err.count("\n")) == (2, 1) and "max_bytes" in err
 
 
+def test_tags_are_read_again_when_one_came(project: Monitored):
+    monitor = Monitor(project.root)
+    for version in ("1.1.0", "1.2.0"):
+        before = samples(monitor.measure()[0].text())
+        assert samples(monitor.measure()[0].text()) == before
+        project.register(version, 1)
+        after = samples(monitor.measure()[0].text())
+        for name in ("proteus_version_registrations_total", "proteus_versions"):
+            assert after[name,] == before[name,] + 1
+
+
 def test_outside_of_a_project_there_are_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, monitor: Said):
     monkeypatch.chdir(tmp_path)
     code, out, _ = monitor()
@@ -215,12 +226,14 @@ def test_outside_of_a_project_there_are_versions(tmp_path: Path, monkeypatch: py
         (["--serve="], 2, "'' is no port"),
         (["9750"], 2, "'9750' is no KEY=VALUE"),
         (["--textfile", "proteus.txt"], 2, "does not end in .prom"),
+        (["--textfile", "folder.prom"], 1, "cannot write folder.prom"),
         (["--textfile", "/proc/none/proteus.prom"], 1, "cannot write /proc/none/proteus.prom"),
         (["cache.nothing=1"], 2, "cache.nothing"),
         (["cache.path=params.yaml"], 1, "params.yaml is no folder"),
     ],
 )
 def test_what_is_wrong_is_one_line(project: Monitored, monitor: Said, words: list[str], code: int, said: str):
+    (project.root / "folder.prom").mkdir()
     found, _, err = monitor(*words)
     assert (found, err.count("\n")) == (code, 1), err
     assert said in err and err.startswith("proteus: ") and "; " in err
