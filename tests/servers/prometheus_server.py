@@ -19,7 +19,7 @@ installed = pytest.mark.skipif(
     reason="Prometheus is not installed: apt-get install prometheus",
 )
 # Seconds between scrapes, and longest a scrape may take.
-EVERY = 1
+EVERY = 2
 _CONFIG = """\
 global: {{scrape_interval: {every}s, scrape_timeout: {every}s, evaluation_interval: {every}s}}
 rule_files: [{rules}]
