@@ -49,6 +49,7 @@ from proteus_pipeline.embeddings.usage import last_used, record_use, uses
 from proteus_pipeline.embeddings.visible import Entry, Found, Visible
 from proteus_pipeline.errors import CacheInvalidationError, ConfigError, IntegrityError, StorageError
 from proteus_pipeline.eviction import policies as eviction
+from proteus_pipeline.stores.counts import count
 from proteus_pipeline.stores.read_through import ReadThrough
 from proteus_pipeline.stores.store import LocalStore, Store
 
@@ -146,7 +147,7 @@ class EmbeddingCache:
             raise ConfigError(f"cache.max_bytes is {max_bytes}", "use a number of bytes above 0, or null for no limit")
         if policy not in POLICIES:
             raise ConfigError(f"cache.policy is {policy!r}", f"use one of {', '.join(POLICIES)}")
-        self._max_bytes, self._policy = max_bytes, policy
+        self.max_bytes, self._policy = max_bytes, policy
         self.path = Path(path)
         self.store = LocalStore(self.path)
         self.visible = Visible(self.store)
@@ -288,6 +289,8 @@ class EmbeddingCache:
     def _warn(self, failed: Mapping[Entry, StorageError]) -> None:
         """Say what is damaged, or gone though it is listed; what was evicted or merged meanwhile is nobody's fault."""
         for entry, error in failed.items():
+            if isinstance(error, IntegrityError):
+                count("proteus_integrity_findings_total", of="embeddings")
             if isinstance(error, IntegrityError) or entry.segment in self.visible.segments():
                 _log.warning("%s", error)
 
@@ -492,7 +495,7 @@ class EmbeddingCache:
         """
         from proteus_pipeline.embeddings.housekeeping import Cleaning, shrink
 
-        return Cleaning() if self._max_bytes is None else shrink(self, self._max_bytes, self._policy)
+        return Cleaning() if self.max_bytes is None else shrink(self, self.max_bytes, self._policy)
 
     def get_or_compute(
         self, sequences: Sequence[str], model: ModelInterface, recipe: Recipe, *, device: str = "cpu"
@@ -557,7 +560,10 @@ class EmbeddingCache:
         """Compare all that is stored with its checksums: `proteus_pipeline.embeddings.checking.verify`."""
         from proteus_pipeline.embeddings.checking import verify
 
-        return verify(self, repair=repair)
+        verified = verify(self, repair=repair)
+        if damaged := sum(finding.kind != "orphan" for finding in verified.findings):
+            count("proteus_integrity_findings_total", damaged, of="embeddings")
+        return verified
 
     def audit(
         self, sequences: Sequence[str], model: ModelInterface, recipe: Recipe, *, sample: int = 20, device: str = "cpu"

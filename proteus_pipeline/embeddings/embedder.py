@@ -18,6 +18,7 @@ from proteus_pipeline.embeddings.leases import Lease
 from proteus_pipeline.embeddings.publication import Publication
 from proteus_pipeline.embeddings.recipe import Recipe
 from proteus_pipeline.models.encoder import TOKENS_PER_BATCH
+from proteus_pipeline.stores.counts import count
 
 if TYPE_CHECKING:
     from proteus_pipeline.embeddings.visible import Entry
@@ -139,7 +140,9 @@ def embed_by(
     by_key = dict(zip(keys, sequences, strict=True))
     hot = cache.hot.run(trunk, recipe) if cache.hot else None
     with cache.hold() as lease:
+        began = time.perf_counter()
         found = [entry for entry, _ in cache.find(by_key)]
+        reading = time.perf_counter() - began
         lease.add(e.segment for e in found)
         done = {e.key: Embedded(e.key, e.shape, e.stored, e.content) for e in found}
         missing = {key: s for key, s in by_key.items() if key not in done}
@@ -164,6 +167,9 @@ def embed_by(
         hits = len(found) + len(fetched) + len(missing) - computed
         read += computing.theirs
         cache.record_use(hits, derived, computed, read, hot.counts if hot else None)
+        if found:
+            count("proteus_cache_load_seconds", reading, cache="embeddings")
+        count("proteus_embedding_saved_seconds_total", sum(e.seconds for e in read))
         cache.fit()
     return Outcome(
         tuple(done[key] for key in keys),

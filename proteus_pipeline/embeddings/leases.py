@@ -38,11 +38,14 @@ class Held:
         By name.
     since
         Everything published since then, nanoseconds since 1970, too; None where no run lives.
+    runs
+        How many live.
 
     """
 
     segments: frozenset[str]
     since: int | None
+    runs: int = 0
 
     def holds(self, segment: str) -> bool:
         """Say whether a segment is held."""
@@ -162,13 +165,15 @@ def held(cache: Path) -> Held:
     """Return what live runs hold; what a killed one left is removed."""
     segments: set[str] = set()
     since: int | None = None
+    runs = 0
     with _turn(cache / FOLDER):
         for path in sorted((cache / FOLDER).glob("*.json")):
             said = _alive(path)
             if said is not None:
+                runs += 1
                 segments |= said.segments
                 since = said.since if since is None else min(said.since, since)
-    return Held(frozenset(segments), since)
+    return Held(frozenset(segments), since, runs)
 
 
 def seems_free(path: Path) -> bool:
