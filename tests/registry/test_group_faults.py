@@ -23,7 +23,7 @@ from redis_server import RedisServer, redis_server
 from registering import Given
 from s3 import BUCKET
 
-from proteus_pipeline.errors import ProteusError, StorageError
+from proteus_pipeline.errors import ProteusError, StorageError, VersionConflictError
 from proteus_pipeline.models.checkpoint import Checkpoint
 from proteus_pipeline.registry import bucket
 from proteus_pipeline.registry.hints import TRUSTED_S
@@ -268,3 +268,6 @@ def test_a_hint_spares_looks_and_what_came_past_redis_shows_after_a_moment(
     assert hinted.stamp("m") != stamp
     assert hinted.resolve("m").version == "1.1.0"
     assert without.stamp("m") is None, "nobody tells: each look-up looks"
+    with pytest.raises(VersionConflictError):
+        hinted.register_version(Given("m", weights(2)), "1.0.0")
+    assert (hinted.counted("conflict"), without.counted("conflict")) == (1, None)
