@@ -203,6 +203,10 @@ class DistributedVersionManager(ModelVersionManager):
         if self._hints:
             self._hints.count(name, int(value))
 
+    def counted(self, metric: str) -> int | None:
+        """Return how often the group's members have counted something, such as ``proteus_version_conflicts_total``; None without a Redis that answers."""
+        return self._hints.counted(metric) if self._hints else None
+
     def stamp(self, name: str) -> tuple[int, ...] | None:
         """Return what changes when a tag of a model comes or goes, in this clone or by the group's telling.
 
