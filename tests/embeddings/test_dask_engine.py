@@ -95,8 +95,17 @@ def check_all_there_none_twice(bench: Bench, alone: dict[str, str]) -> None:
 def test_workers_give_the_bits_that_this_process_gives(
     bench: Bench, alone: dict[str, str], capfd: pytest.CaptureFixture[str]
 ):
-    told = Told()
+    refused: list[str] = []
+
+    def knock() -> None:
+        address = distributed.default_client().scheduler.address
+        with pytest.raises(OSError, match=r"Timed out|certificate|handshake"):
+            distributed.Client(address, security=distributed.Security.temporary(), timeout=2)
+        refused.append(address)
+
+    told = Told(1, knock)
     outcome = bench.run(LOCAL, told)
+    assert [address[:16] for address in refused] == ["tls://127.0.0.1:"]
     assert {e.key: e.content for e in outcome.entries} == alone
     check_all_there_none_twice(bench, alone)
     assert (outcome.hits, outcome.computed, outcome.workers) == (0, len(alone), 2)
