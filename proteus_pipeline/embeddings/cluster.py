@@ -247,7 +247,8 @@ def _local(options: ClusterOptions) -> Iterator[tuple[Any, Security]]:
     with (
         tempfile.TemporaryDirectory(prefix="proteus-dask-", ignore_cleanup_errors=True) as scratch,
         dask.config.set(_OF_ONE_RUN),
-        LocalCluster(
+        _started(
+            LocalCluster,
             n_workers=options.workers,
             threads_per_worker=1,
             host="127.0.0.1",
@@ -288,7 +289,8 @@ def _slurm(options: ClusterOptions, folder: Path) -> Iterator[tuple[Any, Securit
     with (
         certificates,
         dask.config.set(_OF_ONE_RUN),
-        SLURMCluster(
+        _started(
+            SLURMCluster,
             cores=1,  # Dask's threads: one shard at a time, which has all of the job's cores
             job_cpu=options.cores,
             processes=1,
@@ -312,6 +314,15 @@ def _slurm(options: ClusterOptions, folder: Path) -> Iterator[tuple[Any, Securit
         _try_script(cluster.job_script())
         cluster.scale(options.workers)
         yield cluster, security
+
+
+def _started(cluster: Callable[..., Any], **options: Any) -> Any:
+    try:
+        return cluster(**options)
+    except (OSError, RuntimeError, ValueError, TimeoutError) as error:
+        raise ClusterError(
+            f"no cluster could be started ({_line(error)})", "correct cluster.*, or free what it needs"
+        ) from error
 
 
 def _written(folder: Path) -> Security:

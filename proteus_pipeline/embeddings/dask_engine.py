@@ -22,6 +22,7 @@ from proteus_pipeline.embeddings.engine import Done, Work
 from proteus_pipeline.embeddings.shard_task import Counts, Task, Weights, compute_shard
 from proteus_pipeline.embeddings.shards import shards
 from proteus_pipeline.errors import ClusterError, ProteusError, StorageError
+from proteus_pipeline.sequences.fasta import shown
 
 if TYPE_CHECKING:
     from distributed import Future
@@ -116,15 +117,19 @@ class DaskEngine:
             return
         for shard in failed:
             _log.warning("shard %d %s; its sequences: %s", shard.number, shard.why, ", ".join(self._ids(shard)))
-        ids = [name for shard in failed for name in self._ids(shard)]
-        few = ", ".join(ids[:_FEW]) + (f", and {len(ids) - _FEW} more" if len(ids) > _FEW else "")
+        why = "; ".join(f"shard {shard.number} {shard.why}" for shard in failed[:_FEW])
         raise ClusterError(
-            f"{len(failed)} of {of} shards could not be computed, since each {failed[0].why}: {few}",
+            f"{len(failed)} of {of} shards could not be computed: {why}: {_few(i for s in failed for i in self._ids(s))}",
             "all others are in the cache; look at the workers' memory and at these sequences, and run it again",
         )
 
     def _ids(self, shard: _Shard) -> list[str]:
-        return [self.names.get(sequence, sequence[:20]) for sequence in shard.sequences.values()]
+        return [shown(self.names.get(sequence, sequence[:20])) for sequence in shard.sequences.values()]
+
+
+def _few(names: Iterable[str]) -> str:
+    listed = list(names)
+    return ", ".join(listed[:_FEW]) + (f", and {len(listed) - _FEW} more" if len(listed) > _FEW else "")
 
 
 class _Run:

@@ -47,6 +47,11 @@ def embed_file(
     if part:
         mine = part.take(r.sequence for r in records)
         records = [r for r in records if r.sequence in mine]
+        if output is not None and not records:
+            raise ConfigError(
+                f"part {part.number}/{part.of} of {fasta} has no sequence to write to {output}",
+                "use no more parts than there are distinct sequences",
+            )
     ids = [r.id for r in records]
     if output is not None:
         check_target(output, composed["embedding"]["pooling"], ids)

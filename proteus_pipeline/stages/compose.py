@@ -101,6 +101,8 @@ def resolve(
     """
     settings = composition.settings
     value = resolve_stages(project, composition, ("embed", "compare"), progress)
+    if settings.engine == "dask":  # here, and not where nothing is computed: a colleague may look without a cluster
+        cluster_options(project, value["cluster"]).check_usable()
     value["data"] |= _input_digests(project, settings.data)
     return value
 
@@ -118,8 +120,6 @@ def resolve_stages(
             ConfigError(f"{settings.engine!r} is no engine", f"use {' or '.join(ENGINES)}"), "engine"
         )
     _check_ranges(composition)
-    if settings.engine == "dask":
-        cluster_options(project, dataclasses.asdict(settings.cluster)).check_usable()
     stages = {
         name: _stage(project, composition, name, getattr(settings.stages, name).model, progress) for name in names
     }

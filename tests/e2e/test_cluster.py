@@ -79,6 +79,18 @@ def test_the_parts_of_an_array_are_the_whole_without_a_network(clone: Clone):
     assert len(stored(clone)) == len(set(stored(clone)))
 
 
+def test_a_part_with_nothing_in_it_writes_no_file(clone: Clone):
+    (clone.root / "two.fasta").write_text(">a\nMKV\n>b\nMKL\n")
+    command = ["proteus", "embed", "two.fasta", "--shard", "3/3"]
+    assert "0 sequences" in clone.run(*command)
+    output = clone.run(*command, "-o", "none.npz", code=2)
+    assert output == (
+        "proteus: part 3/3 of two.fasta has no sequence to write to none.npz; "
+        "use no more parts than there are distinct sequences\n"
+    )
+    assert not (clone.root / "none.npz").exists()
+
+
 def write_many(clone: Clone) -> int:
     many = {("MKTAYIAKQRQISFVKSH" * 9)[n % 60 :] + "A" * (n // 60) for n in range(200)}
     (clone.root / "my.fasta").write_text("".join(f">{n}\n{s}\n" for n, s in enumerate(sorted(many))))

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import dask
+import distributed  # before dask.config.set, which would otherwise forget its settings again
 import psutil
 import pytest
 from bench import RECIPE, Bench, Told
@@ -94,8 +95,17 @@ def check_all_there_none_twice(bench: Bench, alone: dict[str, str]) -> None:
 def test_workers_give_the_bits_that_this_process_gives(
     bench: Bench, alone: dict[str, str], capfd: pytest.CaptureFixture[str]
 ):
-    told = Told()
+    refused: list[str] = []
+
+    def knock() -> None:
+        address = distributed.default_client().scheduler.address
+        with pytest.raises(OSError, match=r"Timed out|certificate|handshake"):
+            distributed.Client(address, security=distributed.Security.temporary(), timeout=2)
+        refused.append(address)
+
+    told = Told(1, knock)
     outcome = bench.run(LOCAL, told)
+    assert [address[:16] for address in refused] == ["tls://127.0.0.1:"]
     assert {e.key: e.content for e in outcome.entries} == alone
     check_all_there_none_twice(bench, alone)
     assert (outcome.hits, outcome.computed, outcome.workers) == (0, len(alone), 2)
@@ -133,6 +143,7 @@ def poisoned(
         monkeypatch.setenv("TEST_FAILS", " ".join(fails))
         monkeypatch.setenv("TEST_ATTEMPTS", str(tmp_path / "attempts"))
 
+    assert distributed.__name__ in dask.config.config
     with dask.config.set({"distributed.worker.preload": [str(Path(__file__).with_name("poison.py"))]}):
         yield poison
 
@@ -156,7 +167,12 @@ def test_a_shard_that_kills_its_workers_is_tried_3_times_and_the_rest_completes(
     assert failing in of_failing
     assert "\n" not in str(caught.value)
     assert caught.value.exit_code == 1
-    lost = {name for line in (of_killer, of_failing) for name in line.partition("its sequences: ")[2].split(", ")}
+    lost = {
+        name.strip("'") for line in (of_killer, of_failing) for name in line.partition("its sequences: ")[2].split(", ")
+    }
+    assert "killed its worker 3 times; shard" in str(
+        caught.value
+    ) or "MemoryError: no room for this one); shard" in str(caught.value)
     here = {RECIPE.key(bench.trunk, s) for name, s in bench.proteins.items() if name not in lost}
     assert bench.stored() == dict.fromkeys(here, 1)
     assert bench.contents() == {key: alone[key] for key in here}
@@ -330,6 +346,8 @@ def test_a_slurm_job_is_cancelled(bench: Bench, alone: dict[str, str], jobs: Slu
 
 @needs_slurm
 def test_a_job_that_slurm_does_not_take_is_refused_at_once(bench: Bench, jobs: Slurm):
+    with pytest.raises(ClusterError, match=r"no cluster could be started .*'nowhere0'"):
+        bench.run(replace(JOBS, interface="nowhere0"))
     for wrong in (replace(JOBS, queue="nowhere"), replace(JOBS, cores=999), replace(JOBS, directives=["--nonsense"])):
         with pytest.raises(ClusterError, match="SLURM does not take such a job: ") as caught:
             bench.run(wrong)
