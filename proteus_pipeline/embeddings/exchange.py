@@ -82,8 +82,13 @@ def copy(
     there.refresh()
     where = here.by_segment()
     chosen = [h for name, h in sorted(here.segments().items()) if wanted(h)]
-    whole = _whole(target, there)
-    missing = [h for h in chosen if h.digest not in whole and not _has_all(there, *where[h.segment])]
+    # An index may name a segment that was removed, and copied there again under another name.
+    lies = source.names(SEGMENTS)
+    again = {h.digest for h in chosen if h.segment in lies}
+    chosen = [h for h in chosen if h.segment in lies or h.digest not in again]
+    files = target.names(SEGMENTS)
+    whole = _whole(files, there)
+    missing = [h for h in chosen if h.digest not in whole and not _has_all(files, there, *where[h.segment])]
     if not dry_run:
         _copy_all(source, target, missing, where)
     # Last: an event that hides an older entry must not come before what replaces it. What else happened to the source's
@@ -98,19 +103,18 @@ def copy(
     )
 
 
-def _whole(target: Store, there: Visible) -> set[str]:
+def _whole(files: set[str], there: Visible) -> set[str]:
     """Return the digests of the segments that a cache has, and shows whole."""
     cut = {s for e in there.events if e.kind == "quarantined" for s in e.segments}
-    files = target.names(SEGMENTS)
     return {h.digest for name, h in there.segments().items() if name not in cut and name in files}
 
 
-def _has_all(there: Visible, index: Index, rows: NDArray[np.int64]) -> bool:
+def _has_all(files: set[str], there: Visible, index: Index, rows: NDArray[np.int64]) -> bool:
     """Say whether a cache has the very numbers of all these entries, in other segments perhaps."""
     keys = key_strings(index.keys(rows))
     wanted = {key: index.record(int(row))[2].hex() for key, row in zip(keys, rows, strict=True)}
     found = there.find(list(wanted), mine=lambda: "")
-    have = {(e.key, e.content) for e in found.entries()}
+    have = {(e.key, e.content) for e in found.entries() if e.segment in files}
     return all(pair in have for pair in wanted.items())
 
 
@@ -207,5 +211,5 @@ def copy_segment(
 
 def _remedy(source: Store) -> str:
     if scheme_of(source.location):
-        return "remove that object, and push again from a cache that has it"
+        return "remove it there, and push again from a cache that has it"
     return "run: proteus cache verify --repair"

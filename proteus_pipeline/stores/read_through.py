@@ -5,11 +5,13 @@ Whole files are kept in the folder, parts of others are read ahead, and a place 
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -26,11 +28,14 @@ if TYPE_CHECKING:
     from proteus_pipeline.stores.s3 import S3Store
 
 T = TypeVar("T")
+_log = logging.getLogger(__name__)
 _Range = tuple[str, int, int]
 # How old a listing may be. An index or an invalidation that is published there is seen so much later.
 BELIEVED_SECONDS = 1.0
 # How long a place that failed is not asked again.
 LEFT_ALONE_SECONDS = 30.0
+# A file in the making that is older is of a process that was killed.
+_UNFINISHED_SECONDS = 3600.0
 # Names of files that are kept end in the digest of what they hold.
 _DIGEST_DIGITS = 32
 
@@ -56,8 +61,9 @@ class ReadThrough:
         self._failed: StorageError | None = None
         self._again = 0.0
         self._listed: dict[str, dict[str, tuple[int, str]]] = {}
-        self._ahead: dict[_Range, memoryview] = {}
+        self._ahead: dict[_Range, tuple[Future[memoryview], int]] = {}
         self._lock = threading.Lock()
+        self._told = False
 
     def _ask(self, request: Callable[[], T]) -> T:
         """Return what a request gives; where the last one failed, ask nobody until some time has passed."""
@@ -91,29 +97,41 @@ class ReadThrough:
     def read(self, name: str, offset: int = 0, nbytes: int | None = None) -> bytes:
         if nbytes is not None:
             with self._lock:
-                ahead = self._ahead.pop((name, offset, nbytes), None)
-            if ahead is not None:
-                return bytes(ahead)
+                coming = self._ahead.pop((name, offset, nbytes), None)
+            if coming is not None:
+                future, at = coming
+                return bytes(self._ask(future.result)[at : at + nbytes])
         return self._ask(partial(self.far.read, name, offset, nbytes))
 
     def read_many(self, name: str, offsets: list[int], buffers: list[memoryview]) -> list[bool]:
         return self._ask(partial(self.far.read_many, name, offsets, buffers))
 
     def read_ahead(self, wanted: Sequence[_Range]) -> None:
-        """Read ranges that `read` will be asked for, by few requests; what can't be read is left to `read`."""
-        with suppress(StorageError, FileNotFoundError):
-            found = self._ask(partial(self.far.ranges, wanted))
-            with self._lock:
-                self._ahead.update(zip(wanted, found, strict=True))
+        """Begin to read ranges that `read` will be asked for, by few requests; their errors are `read`'s."""
+        if self._failed and time.monotonic() < self._again:
+            return
+        coming = self.far.begin_ranges(wanted)
+        with self._lock:
+            self._ahead |= coming
 
     def forget_ahead(self, wanted: Iterable[_Range]) -> None:
         """Let go of what was read ahead and not asked for."""
         with self._lock:
             for one in wanted:
-                self._ahead.pop(one, None)
+                if coming := self._ahead.pop(one, None):
+                    coming[0].cancel()
 
     def bring(self, names: Iterable[str]) -> None:
-        """Have files in the tier, several at a time, before `map` asks for each."""
+        """Have files in the tier, several at a time, before `map` asks for each, where all have room."""
+        needed = sum(size for listed in self._listed.values() for size, _ in listed.values())
+        if needed > self._max_bytes:
+            if not self._told:
+                _log.warning(
+                    "the indexes of %s take %s bytes, and are fetched again and again: raise cache.local_bytes",
+                    self.location, f"{needed:,}",
+                )  # fmt: skip
+            self._told = True
+            return
         missing = [name for name in names if self._kept(name) is None]
         with suppress(FileNotFoundError):  # merged meanwhile
             self._ask(lambda: self.far.together([partial(self._bring, name) for name in missing]))
@@ -153,14 +171,15 @@ class ReadThrough:
         temporary = self._folder / f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}"
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._make_room(size)
             self.far.fetch(name, temporary, size)
             hashed = digests.Hasher()
             with temporary.open("rb") as copied:
                 while data := copied.read(1 << 20):
                     hashed.update(data)
             kept = self._folder / f"{self._stem(name)}-{hashed.hexdigest()}"
-            temporary.replace(kept)
+            with self._lock:
+                self._make_room(size)
+                temporary.replace(kept)
         except (StorageError, FileNotFoundError):
             raise
         except OSError as error:
@@ -176,6 +195,8 @@ class ReadThrough:
         for path in self._folder.iterdir():
             with suppress(OSError):
                 status = path.stat()
+                if path.name.startswith(TEMPORARY_PREFIX) and time.time() - status.st_mtime < _UNFINISHED_SECONDS:
+                    continue  # another one is fetching it
                 files.append((status.st_mtime, status.st_size, path))
         total = nbytes + sum(size for _, size, _ in files)
         for _, size, path in sorted(files):

@@ -6,7 +6,7 @@ import os
 import secrets
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -189,15 +189,18 @@ class S3Store:
         # A thread of the pool that waited for others of it could wait for ever.
         if len(requests) < 2 or getattr(self._inside, "pool", False):
             return [request() for request in requests]
-        with self._opening:
-            mark = partial(setattr, self._inside, "pool", True)
-            self._pool = self._pool or ThreadPoolExecutor(_READ_AT_ONCE, "s3", mark)
-        futures = [self._pool.submit(request) for request in requests]
+        futures = [self._threads().submit(request) for request in requests]
         try:
             return [future.result() for future in futures]
         finally:
             for future in futures:
                 future.cancel()
+
+    def _threads(self) -> ThreadPoolExecutor:
+        with self._opening:
+            mark = partial(setattr, self._inside, "pool", True)
+            self._pool = self._pool or ThreadPoolExecutor(_READ_AT_ONCE, "s3", mark)
+            return self._pool
 
     def read_many(self, name: str, offsets: list[int], buffers: list[memoryview]) -> list[bool]:
         found = self.ranges([(name, o, len(b)) for o, b in zip(offsets, buffers, strict=True)])
@@ -221,16 +224,29 @@ class S3Store:
 
         """
         found = [memoryview(b"")] * len(wanted)
-
-        def fetch(name: str, start: int, end: int, members: list[int]) -> None:
-            parts = [self._part(name, at, min(PART_BYTES, end - at)) for at in range(start, end, PART_BYTES)]
-            data = memoryview(parts[0] if len(parts) == 1 else b"".join(parts))
+        spans = spans_of(wanted, _LARGEST)
+        spanned = self.together([partial(self._span, name, start, end) for name, start, end, _ in spans])
+        for (_, first, _, members), data in zip(spans, spanned, strict=True):
             for i in members:
-                at = wanted[i][1] - start
+                at = wanted[i][1] - first
                 found[i] = data[at : at + wanted[i][2]]
-
-        self.together([partial(fetch, *span) for span in spans_of(wanted, _LARGEST)])
         return found
+
+    def begin_ranges(
+        self, wanted: Sequence[tuple[str, int, int]]
+    ) -> dict[tuple[str, int, int], tuple[Future[memoryview], int]]:
+        """Begin to read what `ranges` does; return of each range the bytes to come, and where in them its own begin."""
+        coming = {}
+        # Those first that are needed first, and not those that lie first.
+        for name, start, end, members in sorted(spans_of(wanted, _LARGEST), key=lambda span: min(span[3])):
+            future = self._threads().submit(self._span, name, start, end)
+            for i in members:
+                coming[wanted[i]] = future, wanted[i][1] - start
+        return coming
+
+    def _span(self, name: str, start: int, end: int) -> memoryview:
+        parts = [self._part(name, at, min(PART_BYTES, end - at)) for at in range(start, end, PART_BYTES)]
+        return memoryview(parts[0] if len(parts) == 1 else b"".join(parts))
 
     def map(self, name: str) -> memoryview:
         """Return a whole file's bytes, read: a bucket maps nothing."""

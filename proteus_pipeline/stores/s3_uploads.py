@@ -6,6 +6,7 @@ import hashlib
 import secrets
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from proteus_pipeline.stores.s3 import S3Store
     from proteus_pipeline.stores.s3_access import Bucket
 
-_SENT_AT_ONCE = 4
+_SENT_AT_ONCE = 8
 _MOST_PARTS = 10_000
 # Below this a file is one request, which can say that it must not be there yet.
 _ONE_REQUEST = 16 << 20
@@ -53,7 +54,6 @@ class Upload:
             put(store, name, self.path.read_bytes())
             return
         part = max(PART_BYTES, -(-size // _MOST_PARTS))
-        expected = _multipart_etag(self.path, part)
         if _is_there(store, name):
             raise StorageError(f"{store.location}/{name} is there already", "look at who wrote it there")
 
@@ -61,7 +61,10 @@ class Upload:
             return there.put(name, self.path, use_multipart=True, chunk_size=part, max_concurrency=_SENT_AT_ONCE)
 
         try:
-            result = store.ask("write", name, in_parts, writing=True)
+            with ThreadPoolExecutor(1, "md5") as pool:  # reading it takes as long as a fast line does
+                summing = pool.submit(_multipart_etag, self.path, part)
+                result = store.ask("write", name, in_parts, writing=True)
+                expected = summing.result()
         except BaseException:
             # Nobody sees the parts of an upload that failed, but they are paid for.
             with suppress(Exception):
