@@ -204,7 +204,7 @@ class DistributedVersionManager(ModelVersionManager):
             self._hints.count(name, int(value))
 
     def counted(self, metric: str) -> int | None:
-        """Return how often the group's members have counted something, such as ``proteus_version_conflicts_total``; None without a Redis that answers."""
+        """Return how often the group's members have counted a metric; None without a Redis that answers."""
         return self._hints.counted(metric) if self._hints else None
 
     def stamp(self, name: str) -> tuple[int, ...] | None:
