@@ -26,7 +26,15 @@ from proteus_pipeline.embeddings.visible import MERGE_AT, to_merge
 
 ENTRY_BYTES = 8 + RECORD.itemsize
 _HEADER = SegmentHeader("0" * 20 + "-" + "0" * 12 + ".zip", 1 << 27, "pooled", "fp32", 1280, "0" * 32, {}, HERE, 200)
-_RECIPE = {"layer": 33, "pooling": "mean", "precision": "mixed", "numerics": "strict", "stored": "fp16", "windows": None, "engine": 3}
+_RECIPE = {
+    "layer": 33,
+    "pooling": "mean",
+    "precision": "mixed",
+    "numerics": "strict",
+    "stored": "fp16",
+    "windows": None,
+    "engine": 3,
+}
 # What a run's header says of one segment: JSON, as encode_index writes it.
 HEADER_BYTES = len(json.dumps(asdict(_HEADER) | {"recipe": _RECIPE, "digest": "0" * 32}, sort_keys=True)) + 2
 ASKED = 100_000
@@ -105,7 +113,9 @@ def measure(entries: int, in_segment: int) -> None:
         del keys
         # In a process of its own: what opening and three look-ups of 100,000 keys take, and hold.
         command = [sys.executable, "-c", CHILD, str(folder), str(folder / "asked.npy"), "look_up"]
-        grew, peak, _, _ = map(float, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
+        grew, peak, _, _ = map(
+            float, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+        )
         began = time.perf_counter()
         from proteus_pipeline.embeddings.cache import EmbeddingCache
 
@@ -132,7 +142,9 @@ def main() -> None:
     most = parser.parse_args().keys
     for what, in_segment in SHAPES:
         print(f"simulated: {what}, {in_segment:,} a segment")
-        print("      entries  segments  files  GB kept  largest  written  GB read  MB headers   (written: times what is kept)")
+        print(
+            "      entries  segments  files  GB kept  largest  written  GB read  MB headers   (written: times what is kept)"
+        )
         for exponent in range(5, 9):
             show(grow(10**exponent, in_segment))
     for what, in_segment in SHAPES:

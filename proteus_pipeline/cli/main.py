@@ -20,12 +20,13 @@ examples:
   proteus embed my.fasta -o my.npz                embeddings of a file of your own
   proteus model list                              versions of the models
   proteus verify                                  check a committed result, in a fresh clone
+  proteus monitor                                 how all of that is used, as Prometheus text
 
 exit codes: 0 ok, 1 error, 2 usage, 3 drift or stale, 4 integrity, 5 conflict
 """
 
 
-_VERBS = ("run", "embed", "model", "cache", "verify", "stage")
+_VERBS = ("run", "embed", "model", "cache", "verify", "monitor", "stage")
 
 
 def parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
@@ -71,8 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         top.print_help()
         return 2
     try:
-        _prepare(args)
-        code: int = args.run(args)
+        code = _run(args)
         sys.stdout.flush()
     except ProteusError as error:
         if args.debug:
@@ -97,10 +97,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def _prepare(args: argparse.Namespace) -> None:
+def _run(args: argparse.Namespace) -> int:
+    """Run a command; what one that may work for long counts, and how it ended, is kept for ``proteus monitor``."""
+    from proteus_pipeline.registry.places import project_root
+
+    code: int
+    root = None if getattr(args, "quick", False) else project_root()
+    if not getattr(args, "quick", False):
+        _prepare()
+    if root is None:
+        code = args.run(args)
+        return code
+    from proteus_pipeline.metrics.catalogue import CODES
+    from proteus_pipeline.registry.home import private_folder
+    from proteus_pipeline.stores.counts import FOLDER, count, counting
+
+    with counting(lambda: private_folder(root) / FOLDER):
+        try:
+            code = args.run(args)
+        except ProteusError as error:
+            count("proteus_command_errors_total", code=str(error.exit_code))
+            raise
+        if str(code) in CODES:
+            count("proteus_command_errors_total", code=str(code))
+    return code
+
+
+def _prepare() -> None:
     """Set up what a command that may work for long needs."""
-    if getattr(args, "quick", False):
-        return
     import logging
     import signal
 

@@ -19,7 +19,7 @@ from proteus_pipeline.serving.fellows import COUNTED, Fellows
 from proteus_pipeline.serving.interface import ModelInterface
 from proteus_pipeline.serving.residence import Residence
 from proteus_pipeline.serving.settings import CacheSettings
-from proteus_pipeline.serving.statistics import metrics
+from proteus_pipeline.serving.statistics import readings
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric
@@ -282,15 +282,11 @@ class ModelCacheManager:
 
         A registry takes one cache: a second one's metrics would have the same names.
         """
-        return metrics(self.get_cache_stats())
+        return readings(self.get_cache_stats(), self._residence.counts).families()
 
     def prometheus(self) -> str:
         """Return the same numbers as text that Prometheus reads."""
-        from prometheus_client import CollectorRegistry, generate_latest
-
-        registry = CollectorRegistry()
-        registry.register(self)
-        return generate_latest(registry).decode()
+        return readings(self.get_cache_stats(), self._residence.counts).text()
 
     def _of(self, model: str | ModelInterface | ModelVersion) -> Binding:
         if not isinstance(model, str | ModelInterface):
