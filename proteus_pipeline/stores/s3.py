@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import threading
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from obstore.store import S3Store as Client
 
 T = TypeVar("T")
+_log = logging.getLogger(__name__)
 _READ_AT_ONCE = 16
 # No object is larger; a damaged index may ask for more.
 _LARGEST = 5 << 40
@@ -305,6 +307,11 @@ class S3Store:
             self.ask("remove", name, lambda there: there.delete(name), writing=True)
         except StorageError:
             return Honours(create_only, removes=False)
+        if create_only == "overwrites":
+            _log.warning(
+                "%s overwrites objects without a word: a cache's names are nobody else's, but nothing can be arbitrated there",
+                self.client()[1],
+            )
         return Honours(create_only, removes=True)
 
     def create(self, name: str, data: bytes) -> bool:
