@@ -35,8 +35,8 @@ lint: setup ## style, types, layers
 test: setup lint ## lint, then all tests, in parallel
 	$(BIN)/python -m pytest -n $${PYTEST_WORKERS:-2} --dist loadgroup
 
-bench: setup ## each benchmark's ratio
-	for program in benchmarks/[a-z]*.py; do $(BIN)/python "$$program" || exit 1; done
+bench: setup ## all benchmarks, ours beside peers', into benchmarks/RESULTS.md; BENCH=--full takes hours
+	$(BIN)/python benchmarks/run.py $(BENCH)
 
 torture: setup ## the fault runs at full count: kill -9, flipped bits
 	PROTEUS_TORTURE=1 $(BIN)/python -m pytest -n $${PYTEST_WORKERS:-2} --dist loadgroup -m torture

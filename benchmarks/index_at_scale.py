@@ -4,12 +4,11 @@ First a simulation: segments published one after another, merged when a cache wo
 (``to_merge``). It counts files, bytes written and read again, and what a run's header holds; it takes no disk and scales to any
 number. Then the same with real files: made-up keys, up to ``--keys`` of them, opened and searched by the cache's own code; the
 simulation's bytes are set beside the real ones. 64 bytes of a temporary folder and 16 of memory a key: ``--keys 100000000`` takes
-6.4 GB and some minutes, and was run so for docs/scale.md.
+6.4 GB and some minutes, and was run so for docs/scale.md; ``--quick`` takes 10^5.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -19,6 +18,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+from _figures import parsed, said
+from _figures import parser as of
 from cache_lookup import CHILD, HERE, build
 
 from proteus_pipeline.embeddings.index import INDEXES, RECORD, RUNS, SegmentHeader, key_strings
@@ -26,7 +27,15 @@ from proteus_pipeline.embeddings.visible import MERGE_AT, to_merge
 
 ENTRY_BYTES = 8 + RECORD.itemsize
 _HEADER = SegmentHeader("0" * 20 + "-" + "0" * 12 + ".zip", 1 << 27, "pooled", "fp32", 1280, "0" * 32, {}, HERE, 200)
-_RECIPE = {"layer": 33, "pooling": "mean", "precision": "mixed", "numerics": "strict", "stored": "fp16", "windows": None, "engine": 3}
+_RECIPE = {
+    "layer": 33,
+    "pooling": "mean",
+    "precision": "mixed",
+    "numerics": "strict",
+    "stored": "fp16",
+    "windows": None,
+    "engine": 3,
+}
 # What a run's header says of one segment: JSON, as encode_index writes it.
 HEADER_BYTES = len(json.dumps(asdict(_HEADER) | {"recipe": _RECIPE, "digest": "0" * 32}, sort_keys=True)) + 2
 ASKED = 100_000
@@ -105,7 +114,9 @@ def measure(entries: int, in_segment: int) -> None:
         del keys
         # In a process of its own: what opening and three look-ups of 100,000 keys take, and hold.
         command = [sys.executable, "-c", CHILD, str(folder), str(folder / "asked.npy"), "look_up"]
-        grew, peak, _, _ = map(float, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
+        grew, peak, _, _ = map(
+            float, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+        )
         began = time.perf_counter()
         from proteus_pipeline.embeddings.cache import EmbeddingCache
 
@@ -124,15 +135,18 @@ def measure(entries: int, in_segment: int) -> None:
             f" {1e3 * float(np.median(seconds)):>9.0f} {grew / 1e6:>8.0f} {peak / 1e6:>8.0f}",
             flush=True,
         )
+        said(f"{entries:,} entries, {in_segment:,} a segment: real bytes over the simulation's", real / expected.kept)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = of(__doc__)
     parser.add_argument("--keys", type=int, default=10**6, help="the largest cache that is really made")
-    most = parser.parse_args().keys
+    most = parsed(parser, keys=10**5).keys
     for what, in_segment in SHAPES:
         print(f"simulated: {what}, {in_segment:,} a segment")
-        print("      entries  segments  files  GB kept  largest  written  GB read  MB headers   (written: times what is kept)")
+        print(
+            "      entries  segments  files  GB kept  largest  written  GB read  MB headers   (written: times what is kept)"
+        )
         for exponent in range(5, 9):
             show(grow(10**exponent, in_segment))
     for what, in_segment in SHAPES:
