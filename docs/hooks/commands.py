@@ -51,7 +51,7 @@ def page() -> str:
         # A table's code spans take no entity: there, and only there, HTML is needed.
         rows = [row.replace("`", "<code>", 1).replace("`", "</code>", 1) if "&#124;" in row else row for row in rows]
         if rows:
-            parts += ["| argument | |", "|---|---|", *rows, ""]
+            parts += ["| argument | what it does |", "|---|---|", *rows, ""]
         if this.epilog:
             parts += ["```text", this.epilog.strip(), "```", ""]
     return "\n".join(parts)
@@ -59,8 +59,8 @@ def page() -> str:
 
 def _usage(this: argparse.ArgumentParser) -> str:
     formatter = argparse.HelpFormatter(prog=this.prog, width=WIDTH)
-    formatter.add_usage(this.usage, this._actions, this._mutually_exclusive_groups)
-    return formatter.format_help().strip().removeprefix("usage: ")
+    formatter.add_usage(this.usage, this._actions, this._mutually_exclusive_groups, prefix="")
+    return formatter.format_help().strip()
 
 
 def _sentence(text: str) -> str:

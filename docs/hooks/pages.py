@@ -70,7 +70,7 @@ def configuration(root: Path) -> str:
         groups.setdefault(setting.key.rpartition(".")[0].partition(".")[0], []).append(setting)
     for group, members in groups.items():
         parts += [f"## {group or 'The run'}", "", GROUPS.get(group, ""), ""]
-        parts += ["| key | type | default | |", "|---|---|---|---|"]
+        parts += ["| key | type | default | what it does |", "|---|---|---|---|"]
         parts += [
             f"| `{s.key}` | {s.kind.replace('|', 'or')} | `{s.default}` | {s.says.replace('|', chr(92) + '|')} |"
             for s in members
@@ -78,7 +78,7 @@ def configuration(root: Path) -> str:
         parts += [""]
     files = sorted((root / "conf" / "model").glob("*.yaml"))
     parts += ["## Models that are known by name", "", "conf/model/ says where a version's weights come from.", ""]
-    parts += ["| model | versions | |", "|---|---|---|"]
+    parts += ["| model | versions | what it is |", "|---|---|---|"]
     for file in files:
         known = yaml.safe_load(file.read_text())
         parts.append(f"| `{known['name']}` | {', '.join(known['versions'])} | {known.get('description', '')} |")
