@@ -110,9 +110,14 @@ def timed(work: Callable[[], Any]) -> float:
     return time.perf_counter() - began
 
 
-def one_round(sides: Mapping[str, Callable[[], Any]], order: random.Random) -> dict[str, float]:
-    """Return each side's seconds, taken once, one after another in an order by chance."""
+def one_round(
+    sides: Mapping[str, Callable[[], Any]], order: random.Random, *, warm_up: bool = False
+) -> dict[str, float]:
+    """Return each side's seconds, taken once, one after another in an order by chance; to warm up, all work once before."""
     names = order.sample(list(sides), len(sides))
+    if warm_up:
+        for name in names:
+            sides[name]()
     seconds = {name: timed(sides[name]) for name in names}
     return {name: seconds[name] for name in sides}
 

@@ -5,8 +5,9 @@ disk, one read, read in random order, and scanned; beside fair-esm's .pt a seque
 zarr-python on our own segments, and a raw memory map. Pooled: random vectors, and one at a time, beside a memory map, LMDB and
 HDF5. Every read of ours is checked against its content hash; .pt, HDF5, LMDB and the memory map check nothing.
 
-Each round writes fresh files and reads them, the sides in an order by chance. A figure is the median of the rounds' ratios, with
-the least and the greatest: a disk or a neighbour that is slow for a minute slows all sides of a round.
+Each round writes fresh files and reads them, once to warm up and once by the clock, the sides in an order by chance. A figure is
+the median of the rounds' ratios, with the least and the greatest: a disk or a neighbour that is slow for a minute slows all
+sides of a round.
 ``python benchmarks/cache_store.py --fasta DB.fasta.gz`` takes the proteins from a file.
 """
 
@@ -99,7 +100,7 @@ def per_residue(proteins: list[tuple[str, str]], folder: Path, rounds: int) -> N
             "HDF5 written": lambda here=here: write_hdf5(here / "hdf5" / "all.h5", arrays),
         }
         seconds = one_round(writing, order)
-        seconds |= one_round(readers(arrays, here), order)
+        seconds |= one_round(readers(arrays, here), order, warm_up=True)
         on_disk = sum(p.stat().st_size for p in (here / "ours").rglob("*") if p.is_file())
         shutil.rmtree(here)
         if number:  # the first warms up
@@ -199,7 +200,7 @@ def pooled(folder: Path, rounds: int, entries: int) -> None:
     for number in range(rounds + 1):
         here = folder / f"pooled{number}"
         here.mkdir()
-        seconds = one_round(pooled_readers(here, keys, values), order)
+        seconds = one_round(pooled_readers(here, keys, values), order, warm_up=True)
         shutil.rmtree(here)
         if number:  # the first warms up
             taken.add(seconds)

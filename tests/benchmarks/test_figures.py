@@ -68,6 +68,9 @@ def test_sides_take_turns_in_changing_order_and_the_first_round_is_not_counted()
     assert all(sorted(order) == ["a", "b", "c"] for order in rounds)
     assert len(set(rounds)) > 1
     assert list(one_round({"b": int, "a": int}, random.Random(0))) == ["b", "a"]
+    calls: list[int] = []
+    one_round({"a": lambda: calls.append(1)}, random.Random(0), warm_up=True)
+    assert len(calls) == 2
 
 
 def test_quick_gives_other_defaults_and_what_is_written_holds(monkeypatch) -> None:

@@ -9,6 +9,8 @@ from typing import NamedTuple
 from conftest import ROOT
 
 RUN = {"sh", "python"}
+PRINTS = 'text title="prints"'
+"""What the commands above the block print, or the parts of it that are worth a reader's time."""
 SHOWN = {"text", "console", "yaml", "json", "ini", "promql", '{.python title="examples/serve.py"}'}
 """What stands in a block and is not run: output, what needs a cluster or another machine, a file that has tests of its own."""
 _FENCE = re.compile(r"^( *)```([^\n]*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
@@ -30,6 +32,19 @@ def blocks(document: Path) -> list[Block]:
 
 def outside_blocks(document: Path) -> str:
     return _FENCE.sub("", document.read_text())
+
+
+def told(text: str) -> str:
+    """Return a line with nothing left of its numbers but whether they are 0, and of its spaces that they are there.
+
+    A document has a whole data set's numbers, and its test embeds less. A version's number stays as it is.
+    """
+
+    def number(found: re.Match[str]) -> str:
+        version = found[0].count(".") == 2
+        return found[0] if version else "N" if found[0].strip("0.,") else "0"
+
+    return " ".join(re.sub(r"\d+(?:[.,]\d+)*", number, text).split())
 
 
 def called(document: Path) -> str:
