@@ -2,7 +2,8 @@
 
 Quick by default: each program's ``--quick``, under ten minutes in all on two cores. ``--full`` takes what each program's
 own documentation says, up to 12 GB of a temporary folder. ``python benchmarks/run.py cache_store registry_listing`` runs only
-these, and writes a report only where ``--output`` says. The machine should have nothing else to do: its load is written
+these, and writes a report only where ``--output`` says. ``--fasta DB.fasta.gz`` takes the proteins from a file, where a
+program takes any. The machine should have nothing else to do: its load is written
 down beside each program.
 
 Exit code: 0 where every program ran and every bar holds, 3 where a bar is missed, 1 where a program failed.
@@ -56,6 +57,13 @@ class Ran:
 def programs() -> list[str]:
     """Return the names of all benchmark programs."""
     return sorted(p.stem for p in HERE.glob("[a-z]*.py") if p.stem != Path(__file__).stem)
+
+
+def taking(name: str, fasta: Path | None) -> list[str]:
+    """Return what tells a program which proteins to take, if it takes any."""
+    if fasta is None or "arguments(__doc__)" not in (HERE / f"{name}.py").read_text(encoding="utf-8"):
+        return []
+    return ["--fasta", str(fasta.resolve())]
 
 
 def run(name: str, *arguments: str, limit: float) -> Ran:
@@ -177,6 +185,7 @@ def _printed(text: str) -> str:
 def main() -> int:
     of = parser(__doc__)
     of.add_argument("names", nargs="*", metavar="PROGRAM", help="only these; all without it")
+    of.add_argument("--fasta", type=Path, help="proteins, for the programs that take any")
     of.add_argument("--full", action="store_true", help="each program as its own documentation has it")
     of.add_argument(
         "--output", type=Path, help="where to write the report; RESULTS.md beside this program where all are run"
@@ -185,11 +194,13 @@ def main() -> int:
     if unknown := sorted(set(args.names) - set(programs())):
         of.error(f"{unknown[0]} is no benchmark; there are {', '.join(programs())}")
     output = args.output or (None if args.names else RESULTS)
-    limit, arguments = (FULL_SECONDS, ()) if args.full else (QUICK_SECONDS, ("--quick",))
+    if args.fasta and not args.fasta.is_file():
+        of.error(f"{args.fasta} is no file; give proteins as FASTA, plain or .gz")
+    limit, mode = (FULL_SECONDS, []) if args.full else (QUICK_SECONDS, ["--quick"])
     facts, ran = machine(), []
     for name in args.names or programs():
         print(f"{name}:", flush=True)
-        ran.append(run(name, *arguments, limit=limit))
+        ran.append(run(name, *mode, *taking(name, args.fasta), limit=limit))
         told = [f"  {figure}" for figure in ran[-1].figures]
         told += [f"  FAILED: {ran[-1].failure}", ran[-1].printed] if ran[-1].failure else []
         print("\n".join([*told, f"  {ran[-1].seconds:.0f} s"]), flush=True)

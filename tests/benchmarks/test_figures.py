@@ -157,6 +157,18 @@ def test_the_report_is_written_and_the_exit_code_tells(programs: Path, monkeypat
     assert "ugly is no benchmark; there are bad, good, hangs, mute" in capsys.readouterr().err
 
 
+def test_proteins_go_to_the_programs_that_take_any(capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    fasta = ROOT / "data" / "demo100.fasta"
+    taking = {name for name in run.programs() if run.taking(name, fasta) == ["--fasta", str(fasta)]}
+    assert {"cache_store", "cache_again", "encoder_vs_peers", "encoder_memory"} <= taking
+    assert not taking & {"registry_listing", "registry_vs_peers", "cache_lookup"}
+    assert run.taking("cache_store", None) == []
+    monkeypatch.setattr("sys.argv", ["run.py", "--fasta", "nowhere.fasta"])
+    with pytest.raises(SystemExit):
+        run.main()
+    assert "nowhere.fasta is no file" in capsys.readouterr().err
+
+
 def test_the_machine_says_what_figures_depend_on() -> None:
     facts = dict(run.machine())
     assert {"CPU", "cores", "memory", "Python", "torch", "zarr", "dvc", "gto", "commit"} <= set(facts)
