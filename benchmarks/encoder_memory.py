@@ -54,7 +54,7 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--pooling", default="mean,per_residue")
     parser.set_defaults(count=4000)
-    args = parsed(parser, count=2000, pooling="mean")
+    args = parsed(parser, count=1000, pooling="mean")
     print(f"proteins cut at {LONGEST} residues, {args.threads} threads")
     with tempfile.TemporaryDirectory(prefix="encoder-memory-") as folder:
         proteins = choose(args.fasta, 10**9)

@@ -27,7 +27,7 @@ BLOCKS = {"8M": 6, "650M": 4}
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--shapes", nargs="+", default=list(TOKENS), choices=list(TOKENS))
-    args = parsed(parser, rounds=3, shapes=["8M"])
+    args = parsed(parser, rounds=2, shapes=["8M"])
     torch.set_num_threads(args.threads)
     letters = random.Random(0)
     for shape in args.shapes:

@@ -53,7 +53,7 @@ def cosine(exact: Encoder, rough: Encoder, proteins: list[tuple[str, str]]) -> f
 
 
 def main() -> None:
-    args = parsed(arguments(__doc__), count=48, rounds=3)
+    args = parsed(arguments(__doc__), count=32, rounds=3)
     torch.set_num_threads(args.threads)
     proteins, checkpoint = choose(args.fasta, args.count), real_weights()
     fair, alphabet = to_fair_esm(checkpoint)

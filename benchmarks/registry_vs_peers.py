@@ -107,7 +107,7 @@ def main() -> None:
     of = parser(__doc__)
     of.add_argument("--rounds", type=int, default=5)
     of.add_argument("--shape", default="8M", choices=SHAPES)
-    args = parsed(of, rounds=3)
+    args = parsed(of, rounds=2)
     taken, order = Taken(), random.Random(0)
     with tempfile.TemporaryDirectory(prefix="registry-vs-peers-") as name:
         folder = Path(name)

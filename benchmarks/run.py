@@ -1,10 +1,9 @@
 """Runs all benchmarks, one after another, each in a process of its own, and writes what they say to benchmarks/RESULTS.md.
 
-Quick by default: each program's ``--quick``, under ten minutes in all on two cores. ``--full`` takes what each program's
-own documentation says, up to 12 GB of a temporary folder. ``python benchmarks/run.py cache_store registry_listing`` runs only
-these, and writes a report only where ``--output`` says. ``--fasta DB.fasta.gz`` takes the proteins from a file, where a
-program takes any. The machine should have nothing else to do: its load is written
-down beside each program.
+Quick by default: each program's ``--quick``, made to take under ten minutes in all on two quiet cores. ``--full`` takes what
+each program's own documentation says, up to 12 GB of a temporary folder. ``python benchmarks/run.py cache_store`` runs only
+these, and writes a report only where ``--output`` says. ``--fasta DB.fasta.gz`` takes the proteins from a file, where a program
+takes any. The machine should have nothing else to do: its load is written down beside each program.
 
 Exit code: 0 where every program ran and every bar holds, 3 where a bar is missed, 1 where a program failed.
 """
@@ -102,7 +101,7 @@ def machine() -> list[tuple[str, str]]:
     memory = next((int(line.split()[1]) / 1e6 for line in _lines("/proc/meminfo") if line.startswith("MemTotal")), 0.0)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     found = [("CPU", cpu or platform.machine()), ("cores", str(cores)), ("memory", f"{memory:.1f} GB")]
-    found += [("system", f"{platform.system()} {platform.release()}"), ("Python", platform.python_version())]
+    found += [("system", platform.system()), ("Python", platform.python_version())]
     found += [("git", _said_by("git", "--version").removeprefix("git version "))]
     for package in PACKAGES:
         try:
@@ -138,9 +137,15 @@ def report(ran: list[Ran], mode: str, facts: list[tuple[str, str]]) -> str:
     )
     held = f"{len(bars) - len(missed)} of {len(bars)} bars hold." + (" Missed:" if missed else "")
     parts = ["# What the benchmarks said", "", head, "", held, ""]
-    parts += [f"- {f.program}: {f}" for f in missed] + ([""] if missed else [])
+    parts += [f"- {f.program}: {f}" for f in missed]
     parts += [f"- {r.name} did not run to its end: {r.failure}" for r in ran if r.failure]
-    parts += ["", "| machine | |", "|---|---|", *(f"| {name} | {_cell(what)} |" for name, what in facts), ""]
+    parts += [
+        *([""] if missed or any(r.failure for r in ran) else []),
+        "| machine | |",
+        "|---|---|",
+        *(f"| {name} | {_cell(what)} |" for name, what in facts),
+        "",
+    ]
     for r in ran:
         parts += [f"## {r.name}", "", r.question, ""]
         parts += [
