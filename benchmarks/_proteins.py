@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from _figures import parser as of
 
 from proteus_pipeline import ModelInterface
 from proteus_pipeline.models.architecture import Architecture
@@ -26,7 +27,7 @@ SHAPES = {"8M": (6, 320, 20), "35M": (12, 480, 20), "150M": (30, 640, 20), "650M
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = of(description)
     parser.add_argument("--fasta", type=Path, default=DEMO, help="proteins; DB.fasta.gz of Debian's mmseqs2-examples")
     parser.add_argument("--count", type=int, default=256, help="how many of them, chosen by chance")
     parser.add_argument("--rounds", type=int, default=5)
@@ -38,6 +39,15 @@ def choose(path: Path, count: int) -> list[tuple[str, str]]:
     """Return some proteins of a file, the same each time, cut as fair-esm's extract.py cuts them."""
     records = [(r.id, r.sequence.upper()[:LONGEST]) for r in read_fasta(path)]
     return random.Random(0).sample(records, min(count, len(records)))
+
+
+def enlarged(proteins: list[tuple[str, str]], count: int) -> list[tuple[str, str]]:
+    """Return as many proteins: where there are too few, with others made of them by shuffling their residues."""
+    made, dice = list(proteins), random.Random(1)
+    while len(made) < count:
+        name, sequence = proteins[len(made) % len(proteins)]
+        made.append((f"{name}-{len(made)}", "".join(dice.sample(sequence, len(sequence)))))
+    return made[:count]
 
 
 def real_weights() -> Checkpoint:

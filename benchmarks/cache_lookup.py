@@ -4,7 +4,7 @@ Index files of 10^5, 10^6 and 10^7 made-up entries, merged as a cache merges the
 an index record's 56 bytes. 100,000 random keys, all of them there, then every second one, through ``EmbeddingCache.look_up`` and
 through LMDB's ``get`` in one transaction, in turn. Then, in processes of their own, what memory looking up and merging take.
 
-It takes 4 GB of a temporary folder, and about three minutes.
+It takes 4 GB of a temporary folder, and about three minutes; ``--quick`` leaves the largest out.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from pathlib import Path
 
 import lmdb
 import numpy as np
-from cache_store import compare, said
+from _figures import Spread, Taken, in_turn, parsed, parser, said
 
 from proteus_pipeline.embeddings.cache import EmbeddingCache
 from proteus_pipeline.embeddings.index import KEY, RECORD, Attestation, SegmentHeader, encode_index, key_strings
 from proteus_pipeline.embeddings.visible import INDEXES, MERGE_AT, RUNS, to_merge
 
-SIZES = (10**5, 10**6, 10**7)
+SIZES, SIZES_QUICK = (10**5, 10**6, 10**7), (10**5, 10**6)
 ASKED, IN_SEGMENT, ROUNDS = 100_000, 10_000, 7
 HERE = Attestation("cpu/benchmark", "", "2026-01-01T00:00:00+00:00", 1.0, 1)
 MB = 1e6
@@ -80,7 +80,7 @@ def build_lmdb(path: Path, keys: np.ndarray) -> lmdb.Environment:
     return environment
 
 
-def look_up(folder: Path, keys: np.ndarray) -> dict[str, float]:
+def look_up(folder: Path, keys: np.ndarray) -> Taken:
     """Time looking up random keys here, all there and half there, and the same keys in LMDB."""
     environment = build_lmdb(folder / "lmdb", keys)
     cache = EmbeddingCache(folder)
@@ -95,7 +95,7 @@ def look_up(folder: Path, keys: np.ndarray) -> dict[str, float]:
 
     for name, asked in (("all", there), ("half", half)):
         assert cache.look_up(asked)[0].hits == get(raw[name]) >= ASKED // 2
-    seconds = compare(
+    taken = in_turn(
         {
             "all there": lambda: cache.look_up(there),
             "LMDB, all there": lambda: get(raw["all"]),
@@ -105,12 +105,9 @@ def look_up(folder: Path, keys: np.ndarray) -> dict[str, float]:
         ROUNDS,
     )
     files = ", ".join(str(len(index.high)) for index in cache.visible.indexes)
-    print(
-        f"{len(keys):,} entries (in files of {files}): "
-        + ", ".join(f"{n} {1e3 * s:.0f} ms" for n, s in seconds.items())
-    )
+    print(f"{len(keys):,} entries (in files of {files}): {taken}")
     environment.close()
-    return seconds
+    return taken
 
 
 CHILD = """
@@ -151,25 +148,26 @@ def memory(folder: Path, keys: np.ndarray, what: str) -> None:
         end="",
     )
     print(f"{most / MB:.0f} MB in all at most, {seconds:.1f} s")
-    said(f"{what}: the process's memory at most, MB", most / MB, 500, least=False)
+    said(f"{what} of {len(keys):,}: the process's memory at most, MB", most / MB, 500, least=False)
 
 
 def main() -> None:
-    medians = []
-    for entries in SIZES:
+    sizes = SIZES_QUICK if parsed(parser(__doc__)).quick else SIZES
+    taken = []
+    for entries in sizes:
         with tempfile.TemporaryDirectory(prefix="cache-lookup-") as name:
             folder = Path(name)
             began = time.perf_counter()
             keys = build(folder, entries)
-            medians.append(look_up(folder, keys))
+            taken.append(look_up(folder, keys))
             for what in ("look_up", "merge"):
                 memory(folder, keys, what)
             print(f"  (built and measured in {time.perf_counter() - began:.0f} s)")
     for name in ("all there", "half there"):
-        ours, theirs = medians[-1][name], medians[-1][f"LMDB, {name}"]
-        said(f"{ASKED:,} keys among {SIZES[-1]:,}, {name}: our time over LMDB's", ours / theirs, 0.5, least=False)
-        growth = medians[-1][name] / medians[0][name]
-        said(f"{name}: {SIZES[-1] // SIZES[0]} times the entries take", growth, 4, least=False)
+        ratio: Spread = taken[-1].ratio(name, f"LMDB, {name}")
+        said(f"{ASKED:,} keys among {sizes[-1]:,}, {name}: our time over LMDB's", ratio, 0.5, least=False)
+        growth = taken[-1].median(name) / taken[0].median(name)
+        said(f"{name}: {sizes[-1] // sizes[0]} times the entries take", growth, 4, least=False)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 Two processes embed into an empty cache: 100 proteins, and as many as the file has, of which both have the longest. Printed:
 the peak of each, and their ratio. One block of the shape of ESM-2 8M, of random weights: what grows with the number of
-proteins is the same, and 20,000 of them take minutes. Run it with ``--fasta DB.fasta.gz`` of Debian's mmseqs2-examples.
+proteins is the same, and 20,000 of them take minutes. A file of few is enlarged to ``--count`` by shuffled ones. Run it
+with ``--fasta DB.fasta.gz`` of Debian's mmseqs2-examples.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from _proteins import LONGEST, arguments
+from _figures import parsed, said
+from _proteins import LONGEST, arguments, choose, enlarged
 
 CHILD = """
 import resource, sys
@@ -51,14 +53,18 @@ def peak(fasta: Path, count: int, pooling: str, threads: int) -> tuple[int, floa
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--pooling", default="mean,per_residue")
-    args = parser.parse_args()
+    parser.set_defaults(count=4000)
+    args = parsed(parser, count=1000, pooling="mean")
     print(f"proteins cut at {LONGEST} residues, {args.threads} threads")
-    for pooling in args.pooling.split(","):
-        few, small = peak(args.fasta, 100, pooling, args.threads)
-        many, large = peak(args.fasta, 0, pooling, args.threads)
-        print(
-            f"{pooling:<12} {few} proteins {small:.0f} MB, {many} proteins {large:.0f} MB: {large / small:.2f} (bar 1.10)"
-        )
+    with tempfile.TemporaryDirectory(prefix="encoder-memory-") as folder:
+        proteins = choose(args.fasta, 10**9)
+        fasta = Path(folder, "proteins.fasta")
+        fasta.write_text("".join(f">{i}\n{s}\n" for i, s in enlarged(proteins, max(args.count, len(proteins)))))
+        for pooling in args.pooling.split(","):
+            few, small = peak(fasta, 100, pooling, args.threads)
+            many, large = peak(fasta, 0, pooling, args.threads)
+            print(f"{pooling:<12} {few} proteins {small:.0f} MB, {many} proteins {large:.0f} MB")
+            said(f"{pooling}: memory of {many:,} proteins over that of {few}", large / small, 1.10, least=False)
 
 
 if __name__ == "__main__":

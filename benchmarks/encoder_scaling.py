@@ -3,7 +3,7 @@
 A token takes layers (24 D^2 + 4 L D) floating-point operations: the first part in products of whole tiles, the second in
 attention, with an exponential for each pair of residues and head. Printed for each length: tokens a second, and what they are
 of the formula's prediction, whose one constant, operations a second, is midway between the lengths' extremes. Blocks of the shapes of
-ESM-2 8M and 650M, of random weights; four of the latter's, since each of the 33 takes as long.
+ESM-2 8M and 650M, of random weights; four of the latter's, since each of the 33 takes as long; ``--quick`` leaves those out.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import time
 from dataclasses import replace
 
 import torch
+from _figures import Spread, parsed, said
 from _proteins import arguments, random_weights
 
 from proteus_pipeline.models.encoder import make_encoder
@@ -24,10 +25,13 @@ BLOCKS = {"8M": 6, "650M": 4}
 
 
 def main() -> None:
-    args = arguments(__doc__).parse_args()
+    parser = arguments(__doc__)
+    parser.add_argument("--shapes", nargs="+", default=list(TOKENS), choices=list(TOKENS))
+    args = parsed(parser, rounds=2, shapes=["8M"])
     torch.set_num_threads(args.threads)
     letters = random.Random(0)
-    for shape, tokens in TOKENS.items():
+    for shape in args.shapes:
+        tokens = TOKENS[shape]
         checkpoint = random_weights(shape)
         encoder = make_encoder(replace(checkpoint, architecture=replace(checkpoint.architecture, layers=BLOCKS[shape])))
         work = {
@@ -45,9 +49,9 @@ def main() -> None:
         print(f"{shape}: {typical / 1e9:.0f} GFLOP/s is typical, and {encoder.peak() / 1e9:.0f} the peak of products")
         for length, rate in rates.items():
             done = len(work[length]) * (length + 2) / statistics.median(seconds[length])
-            print(
-                f"  {length:5} residues {done:9,.0f} tokens/s, {rate / typical - 1:+4.0%} of the prediction (bar: 25%)"
-            )
+            print(f"  {length:5} residues {done:9,.0f} tokens/s, {rate / typical - 1:+4.0%} of the prediction")
+        off = [abs(rate / typical - 1) for rate in rates.values()]
+        said(f"{shape}: furthest from the prediction, of it", Spread(max(off), min(off), max(off)), 0.25, least=False)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from _figures import Spread, parsed, said
 from _proteins import (
     arguments,
     choose,
@@ -52,7 +53,7 @@ def cosine(exact: Encoder, rough: Encoder, proteins: list[tuple[str, str]]) -> f
 
 
 def main() -> None:
-    args = arguments(__doc__).parse_args()
+    args = parsed(arguments(__doc__), count=32, rounds=3)
     torch.set_num_threads(args.threads)
     proteins, checkpoint = choose(args.fasta, args.count), real_weights()
     fair, alphabet = to_fair_esm(checkpoint)
@@ -84,15 +85,18 @@ def main() -> None:
             f"{name:<18} {median:6.2f} s {tokens / median:7,.0f} tokens/s  {flops / median / peak:4.0%} of the peak  "
             f"{statistics.median(ratios):.2f} x fair-esm  vectors apart {worst:.1e}"
         )
-    ours, theirs = (statistics.median(seconds[name]) for name in ("fp32 strict", "transformers sdpa"))
-    print(f"fp32 strict over transformers: {theirs / ours:.2f} x (bar 1.3)")
-    print(f"strict costs {ours / statistics.median(seconds['fp32 tolerant']) - 1:+.1%} over tolerant (goal: under 8%)")
-    bound = peak / (flops / statistics.median(seconds["fair-esm"]))
-    print(f"at the whole peak, a ratio to fair-esm would be {bound:.2f} (bars: fp32 4, mixed 7)")
-    some = proteins[:32]
-    print(
-        f"mixed: the least cosine of a residue to fp32's {cosine(exact, encoders['mixed strict'], some):.6f} (bar 0.9999)"
-    )
+
+    def ratio(other: str, name: str) -> Spread:
+        ratios = [a / b for a, b in zip(seconds[other], seconds[name], strict=True)]
+        return Spread(statistics.median(ratios), min(ratios), max(ratios))
+
+    said("fp32 strict, our speed over fair-esm's", ratio("fair-esm", "fp32 strict"), 4)
+    said("mixed strict, our speed over fair-esm's", ratio("fair-esm", "mixed strict"), 7)
+    said("the whole peak's speed over fair-esm's", peak / (flops / statistics.median(seconds["fair-esm"])))
+    said("fp32 strict, our speed over transformers'", ratio("transformers sdpa", "fp32 strict"), 1.3)
+    said("strict's time over tolerant's", ratio("fp32 strict", "fp32 tolerant"), 1.08, least=False)
+    least = cosine(exact, encoders["mixed strict"], proteins[:32])
+    said("mixed: the least cosine of a residue to fp32's", least, 0.9999)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@ A checkpoint of the 650M's shape with random weights is registered in a home of 
 temporary folder, which takes 8 GB. Each measurement is a process of its own, after ``import torch`` and with the files in
 the page cache: torch.load (weights_only, whole, its default) to one tensor; ModelVersionManager.get_version to the same
 tensor, checked against the version's record. The import of this package is timed by itself. Memory is the peak of the
-second before a tensor is touched, that import included, above a process that only imported torch.
+second before a tensor is touched, that import included, above a process that only imported torch. ``--quick`` takes the
+150M's shape, and 1 GB.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+from _figures import Spread, parsed, parser, said
 from _processes import PEAK, printed_by
 
-ROUNDS = 5
-LAYERS, WIDTH, HEADS = 33, 1280, 20
-TENSOR = f"esm.encoder.layer.{LAYERS // 2}.output.dense.weight"
+SHAPES = {"650M": (33, 1280, 20), "150M": (30, 640, 20)}
+TENSOR = "esm.encoder.layer.15.output.dense.weight"
 PROGRAM = f"""
 import json, sys, time, torch
 place, name = sys.argv[1:]
@@ -38,7 +39,7 @@ OURS = PROGRAM.replace("IMPORT", "from proteus_pipeline import ModelVersionManag
 )
 
 
-def build(folder: Path) -> None:
+def build(folder: Path, shape: str) -> None:
     """Write the checkpoint's two forms: the registry ``home``, and ``model.pt``."""
     import torch
     from _registrations import Given
@@ -47,7 +48,8 @@ def build(folder: Path) -> None:
     from proteus_pipeline.models.architecture import Architecture
     from proteus_pipeline.models.checkpoint import Checkpoint, trunk_shapes
 
-    architecture = Architecture(LAYERS, WIDTH, HEADS, 4 * WIDTH)
+    layers, width, heads = SHAPES[shape]
+    architecture = Architecture(layers, width, heads, 4 * width)
     generator = torch.Generator().manual_seed(0)
     tensors = {n: torch.rand(shape, generator=generator) for n, shape in trunk_shapes(architecture).items()}
     model = Given("random", Checkpoint(architecture, tensors), {})
@@ -70,28 +72,36 @@ def measure(program: str, place: Path) -> Run:
 
 
 def main() -> None:
+    told = parser(__doc__)
+    told.add_argument("--rounds", type=int, default=5)
+    told.add_argument("--shape", default="650M", choices=SHAPES)
+    args = parsed(told, rounds=3, shape="150M")
     with tempfile.TemporaryDirectory(prefix="first-tensor-") as folder:
         # In a process of its own: its memory would be counted as its children's otherwise.
-        subprocess.run([sys.executable, __file__, folder], check=True)
+        subprocess.run([sys.executable, __file__, folder, args.shape], check=True)
         loads, ours = [], []
-        for round_ in range(ROUNDS + 1):
+        for round_ in range(args.rounds + 1):
             load, our = measure(LOAD, Path(folder, "model.pt")), measure(OURS, Path(folder, "home"))
             if load.value != our.value:
                 raise SystemExit(f"{TENSOR} differs")
             if round_:  # the first brings the files into the page cache
                 loads.append(load)
                 ours.append(our)
-    ratios = [our.seconds / load.seconds for load, our in zip(loads, ours, strict=True)]
+    ratios = [load.seconds / our.seconds for load, our in zip(loads, ours, strict=True)]
     theirs, mine = (statistics.median(run.seconds for run in side) for side in (loads, ours))
     imports = statistics.median(run.imports for run in ours)
-    print(f"torch.load {theirs:.2f} s, a version {mine:.3f} s to {TENSOR}, medians of {ROUNDS}")
-    print(f"ratio 1/{1 / statistics.median(ratios):.0f} (from 1/{1 / min(ratios):.0f} to 1/{1 / max(ratios):.0f})")
-    print(f"importing the package {imports:.3f} s; with it 1/{theirs / (mine + imports):.0f}")
-    print(f"memory before a tensor is touched: {max(our.memory for our in ours) / 1024:.0f} MiB above torch's own")
+    print(f"torch.load {theirs:.2f} s, a version {mine:.3f} s to {TENSOR}, medians of {args.rounds}")
+    print(f"importing the package {imports:.3f} s")
+    said(
+        f"{args.shape}: our speed to a tensor over torch.load's",
+        Spread(statistics.median(ratios), min(ratios), max(ratios)),
+    )
+    said(f"{args.shape}: the same, our import included", theirs / (mine + imports))
+    said("memory before a tensor is touched, MiB above torch's own", max(our.memory for our in ours) / 1024)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        build(Path(sys.argv[1]))
+    if len(sys.argv) == 3 and sys.argv[2] in SHAPES and Path(sys.argv[1]).is_dir():
+        build(Path(sys.argv[1]), sys.argv[2])
     else:
         main()

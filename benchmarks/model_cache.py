@@ -9,7 +9,6 @@ and of one to a cold cache. ``python benchmarks/model_cache.py``
 
 from __future__ import annotations
 
-import argparse
 import resource
 import statistics
 import tempfile
@@ -19,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from _figures import parsed, said
+from _figures import parser as of
 from _proteins import SHAPES, random_weights, save_as_fair_esm
 from _registrations import Given
 
@@ -83,10 +84,10 @@ def requests(manager: ModelVersionManager, prepare: str | None, rounds: int) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = of(__doc__)
     parser.add_argument("--shape", default="150M", choices=SHAPES)
     parser.add_argument("--rounds", type=int, default=5)
-    args = parser.parse_args()
+    args = parsed(parser, shape="35M", rounds=2)
     with tempfile.TemporaryDirectory(prefix="model-cache-") as name:
         folder = Path(name)
         manager = ModelVersionManager(folder / "home")
@@ -101,18 +102,19 @@ def main() -> None:
             source, _ = again(manager, model, compression=False, rounds=args.rounds)
             back, restored = again(manager, model, compression=True, rounds=args.rounds)
             chosen = "a compressed copy was kept" if restored else "no copy was kept: it would be no faster"
-            print(
-                f"{what}: back from its source in {source:.2f} s, with compression in {back:.2f} s, {source / back:.2f} x; {chosen}"
-            )
+            print(f"{what}: back from its source in {source:.2f} s, with compression in {back:.2f} s; {chosen}")
+            said(f"{what}: back with compression, speed over its source's", source / back)
         cold, loaded, warm = (requests(manager, prepare, args.rounds) for prepare in (None, "preload", "warm"))
         print(
-            f"first embedding: cold {cold.seconds:.2f} s, preloaded {loaded.seconds:.2f} s: {cold.seconds / loaded.seconds:.2f} x"
-            f" sooner, with {loaded.loads} loads in it"
+            f"first embedding: cold {cold.seconds:.2f} s, preloaded {loaded.seconds:.2f} s, with {loaded.loads} loads in it"
         )
+        said("first embedding, preloaded: speed over a cold one's", cold.seconds / loaded.seconds)
+        said("first embedding, preloaded: loads in it", loaded.loads, 0, least=False)
         print(
-            f"page faults of the first request: cold {cold.faults:,.0f}, preloaded {loaded.faults:,.0f}, warm {warm.faults:,.0f},"
-            f" {warm.faults / warm.later_faults:.2f} of the next one's; seconds {warm.seconds / warm.later_seconds:.2f} of its"
+            f"page faults of the first request: cold {cold.faults:,.0f}, preloaded {loaded.faults:,.0f}, warm {warm.faults:,.0f}"
         )
+        said("first request, warm: page faults over the next one's", warm.faults / warm.later_faults)
+        said("first request, warm: seconds over the next one's", warm.seconds / warm.later_seconds)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ policy in turn, seconds by the clock. ``python benchmarks/model_policies.py``
 
 from __future__ import annotations
 
-import argparse
 import csv
 import random
 import statistics
@@ -19,6 +18,9 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+from _figures import Spread, parsed, said
+from _figures import parser as of
 
 from proteus_pipeline import ModelCacheManager, ModelInterface, ModelVersionManager
 from proteus_pipeline.eviction.budget import to_evict
@@ -126,7 +128,7 @@ def record(path: Path) -> None:
                 cache.clear_cache()
 
 
-def live(folder: Path) -> dict[str, float]:
+def live(folder: Path, requests: int, rounds: int) -> dict[str, float]:
     """Return the seconds of loading by either policy in a real cache, as its own statistics have them."""
     manager, found = models(folder, blocks=LIVE_BLOCKS)
     whole = ModelCacheManager(None, version_manager=manager, compression=False, tokens_per_batch=64)
@@ -135,13 +137,13 @@ def live(folder: Path) -> dict[str, float]:
     room = whole.get_cache_stats()["devices"]["cpu"]["calls_bytes"]
     del whole
     seconds: dict[str, list[float]] = {"lru": [], "cost": []}
-    for _ in range(3):
+    for _ in range(rounds):
         for policy, taken in seconds.items():
             cache = ModelCacheManager(
                 (limit + room) / 1e9, policy, compression=False, version_manager=manager, tokens_per_batch=64
             )
             total = 0.0
-            for _, name in asked(LIVE_REQUESTS, seed=1):
+            for _, name in asked(requests, seed=1):
                 before = cache.get_cache_stats()["loads"]
                 began = time.perf_counter()
                 cache.get_or_load(found[name])
@@ -152,9 +154,11 @@ def live(folder: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = of(__doc__)
     parser.add_argument("--record", action="store_true", help="write the trace anew: some minutes and 12 GB of /tmp")
-    args = parser.parse_args()
+    parser.add_argument("--requests", type=int, default=LIVE_REQUESTS, help="of the live part")
+    parser.add_argument("--rounds", type=int, default=3, help="of the live part")
+    args = parsed(parser, requests=150, rounds=1)
     if args.record:
         record(TRACE)
     with TRACE.open() as file:
@@ -170,13 +174,12 @@ def main() -> None:
         told = ", ".join(f"{name} {seconds:.0f} s ({loads} loads)" for name, (seconds, loads) in results.items())
         saved.append(1 - results["cost"][0] / results["lru"][0])
         print(f"a budget of {share:3.0%}: {told}; cost saves {saved[-1]:.0%} of lru's")
-    print(f"cost saves {statistics.median(saved):.0%} of the seconds of lru, the median of the budgets (bar {BAR:.0%})")
+    said("share of lru's seconds that cost saves", Spread(statistics.median(saved), min(saved), max(saved)), BAR)
     with tempfile.TemporaryDirectory(prefix="model-live-") as folder:
-        seconds = live(Path(folder))
+        seconds = live(Path(folder), args.requests, args.rounds)
     share = 1 - seconds["cost"] / seconds["lru"]
-    print(
-        f"live, {LIVE_REQUESTS} requests: lru {seconds['lru']:.2f} s, cost {seconds['cost']:.2f} s: saves {share:.0%}"
-    )
+    print(f"live, {args.requests} requests: lru {seconds['lru']:.2f} s, cost {seconds['cost']:.2f} s")
+    said("live: share of lru's seconds that cost saves", share)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ def add_to(verbs: Any) -> None:
         help="embed a FASTA file, outside the pipeline",
         description="Embed FASTA with the project's settings and OVERRIDES; params.yaml and the pipeline stay as they are.",
     )
-    this.add_argument("fasta", type=Path, metavar="FASTA")
+    this.add_argument("fasta", type=Path, metavar="FASTA", help="the sequences; plain or .gz")
     this.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides, such as embedding.pooling=cls"
     )

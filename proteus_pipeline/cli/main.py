@@ -59,10 +59,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     top = parser(words)
     args, rest = top.parse_known_args(words)
     # argparse takes positionals in one run only: overrides after an option (-o OUT KEY=VALUE) are left over.
-    if rest and (not hasattr(args, "overrides") or any(word.startswith("-") for word in rest)):
+    taking = getattr(args, "overrides", getattr(args, "words", None))
+    if rest and (taking is None or any(word.startswith("-") for word in rest)):
         top.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:
-        args.overrides += rest
+    if rest and taking is not None:
+        taking += rest
     if args.print_version:
         from importlib.metadata import version
 

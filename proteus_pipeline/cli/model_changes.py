@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def add_register(these: Any) -> None:
     register = add_verb(these, "register", _register, "store weights as a version, and tag it")
-    register.add_argument("name", metavar="NAME")
+    register.add_argument("name", metavar="NAME", help="the model")
     number = register.add_mutually_exclusive_group(required=True)
     number.add_argument("--version", metavar="V", help="MAJOR.MINOR.PATCH")
     number.add_argument(
@@ -51,10 +51,10 @@ def add_to(these: Any) -> None:
     restore = add_verb(these, "restore", _restore, "bring a deleted version back, to the bit")
     adopt = add_verb(these, "adopt", _adopt, "give a version that gto or a person tagged the record that ours have")
     prune = add_verb(these, "prune", _prune, "delete the oldest versions that nothing needs")
-    prune.add_argument("name", metavar="NAME")
+    prune.add_argument("name", metavar="NAME", help="the model")
     prune.add_argument("--keep", type=int, required=True, metavar="N", help="how many versions stay")
     verify = add_verb(these, "verify", _verify, "check tags, records, weights, remotes, backups; exit 3 or 4 if wrong")
-    verify.add_argument("reference", nargs="?", metavar="REF")
+    verify.add_argument("reference", nargs="?", metavar="REF", help="only this version; all versions without it")
     verify.add_argument("--repair", action="store_true", help="mend what can be mended; damaged bytes go to quarantine")
     verify.add_argument("--deep", action="store_true", help="read and hash the copies on remotes as well")
     lock = add_verb(
@@ -73,7 +73,7 @@ def add_to(these: Any) -> None:
     )
     push.add_argument("--no-tags", action="store_true", help="send the weights alone")
     for verb in (rollback, delete, restore, adopt, pull, push):
-        verb.add_argument("reference", metavar="REF")
+        verb.add_argument("reference", metavar="REF", help="the version, such as NAME@v1.2.3")
     for verb in (rollback, delete, restore, adopt, prune):
         _add_reason(verb)
     for verb in (rollback, delete, restore, prune):

@@ -14,7 +14,7 @@ NAMES = ("compose", "prepare", "embed", "probe", "compare", "report")
 
 def add_to(verbs: Any) -> None:
     this = verbs.add_parser("stage", help="run one stage of the pipeline; dvc.yaml calls this")
-    this.add_argument("name", choices=NAMES)
+    this.add_argument("name", choices=NAMES, help="the stage, as dvc.yaml calls it")
     this.set_defaults(run=_run)
 
 

@@ -130,6 +130,7 @@ class VersionDifference:
 
     @property
     def empty(self) -> bool:
+        """Whether the two are the same."""
         return not self.tensors and (self.records is None or self.records.empty)
 
 

@@ -91,10 +91,12 @@ class VersionRecord:
 
     @property
     def trunk_digest(self) -> str:
+        """What embedding keys hold of these weights."""
         return self.components["trunk"]
 
     @property
     def size(self) -> int:
+        """Bytes of the weights' files."""
         return int(self.weights["size"])
 
     def message(self) -> str:

@@ -54,6 +54,7 @@ class ModelVersion:
 
     @property
     def reference(self) -> str:
+        """The exact reference, ``NAME@v1.2.3``."""
         return f"{self.name}@v{self.version}"
 
     @cached_property

@@ -8,8 +8,12 @@ from proteus_pipeline.cli.main import main, parser
 def test_overrides_may_follow_options(capsys: pytest.CaptureFixture[str], tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     # Outside a project the verb itself fails: the command line was understood.
-    assert main(["embed", "a.fasta", "-o", "a.npz", "data.long=window"]) == 1
-    assert "not in a git repository" in capsys.readouterr().err
+    for command in (
+        ["embed", "a.fasta", "-o", "a.npz", "data.long=window"],
+        ["cache", "audit", "a.fasta", "--sample", "3", "embedding.layer=5"],
+    ):
+        assert main(command) == 1
+        assert "not in a git repository" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("argv", [["run", "--nonsense"], ["model", "list", "a", "b=c"], ["fly"], ["stage", "dance"]])
