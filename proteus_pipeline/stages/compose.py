@@ -31,7 +31,7 @@ from proteus_pipeline.sequences.fasta import shown
 from proteus_pipeline.sequences.rules import Rules
 from proteus_pipeline.serving.settings import check_number
 from proteus_pipeline.stages.probing import ProbeSettings
-from proteus_pipeline.stages.project import CANDIDATE, COMPOSED, MANIFEST, Project
+from proteus_pipeline.stages.project import CANDIDATE, COMPOSED, MANIFEST, Project, installed
 from proteus_pipeline.stores.files import storage_error, write_atomic
 
 if TYPE_CHECKING:
@@ -117,6 +117,7 @@ def resolve_stages(
     }
     return {
         "schema": SCHEMA,
+        "proteus_version": installed("proteus_pipeline"),
         "engine_revision": ENGINE_REVISION,
         "stages": stages,
         "data": dataclasses.asdict(settings.data),
