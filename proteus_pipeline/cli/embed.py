@@ -13,7 +13,7 @@ def add_to(verbs: Any) -> None:
         help="embed a FASTA file, outside the pipeline",
         description="Embed FASTA with the project's settings and OVERRIDES; params.yaml and the pipeline stay as they are.",
     )
-    this.add_argument("fasta", type=Path, metavar="FASTA")
+    this.add_argument("fasta", type=Path, metavar="FASTA", help="proteins, plain or gzip")
     this.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides, such as embedding.pooling=cls"
     )
@@ -34,6 +34,7 @@ def _run(args: argparse.Namespace) -> int:
     from proteus_pipeline.cli.stage import told
     from proteus_pipeline.stages.adhoc import embed_file
     from proteus_pipeline.stages.embed import summary
+    from proteus_pipeline.stages.notes import quiet
     from proteus_pipeline.stages.project import Project
 
     with EmbeddingProgress("embed") as progress:
@@ -42,6 +43,6 @@ def _run(args: argparse.Namespace) -> int:
         import json
 
         print(json.dumps(summary(outcome)))
-    else:
+    elif not quiet():
         print(told(outcome) + (f", written to {args.output}" if args.output else ""))
     return 0

@@ -28,10 +28,10 @@ def add_to(verbs: Any) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     import shlex
-    import sys
 
     from proteus_pipeline.cli.verbs import plain, print_json, shown
     from proteus_pipeline.stages.new_project import create
+    from proteus_pipeline.stages.notes import note
 
     made = create(args.folder, model=args.model, fasta=args.fasta, labels=args.labels)
     if args.json:
@@ -39,6 +39,6 @@ def _run(args: argparse.Namespace) -> int:
         return 0
     print(shown(f"{made.root}: {made.sequences} proteins of {made.fasta}, {made.model}"))
     print(f"next:\n  cd {shown(shlex.quote(str(made.root)))}\n  proteus run")
-    for note in made.notes:
-        print(f"note: {shown(note)}", file=sys.stderr)
+    for text in made.notes:
+        note(shown(text))
     return 0

@@ -33,7 +33,7 @@ def add_to(verbs: Any, only: str = "") -> None:
     this.set_defaults(run=lambda _: this.print_help() or 2)
     these = this.add_subparsers(metavar="VERB", prog="proteus model")
     listing = add_verb(these, "list", _list, "versions, of one model or of all")
-    listing.add_argument("name", nargs="?", metavar="NAME")
+    listing.add_argument("name", nargs="?", metavar="NAME", help="a model; all where none is named")
     listing.set_defaults(quick=True)
     if only != "list":
         _add_others(these)
@@ -44,9 +44,9 @@ def _add_others(these: Any) -> None:
 
     model_changes.add_register(these)
     show = add_verb(these, "show", _view("show"), "everything known of one version, and what depends on it")
-    show.add_argument("reference", metavar="REF")
+    show.add_argument("reference", metavar="REF", help="the version")
     history = add_verb(these, "history", _view("history"), "what happened to a model's versions: who, when, why")
-    history.add_argument("name", metavar="NAME")
+    history.add_argument("name", metavar="NAME", help="the model")
     history.add_argument("--at", metavar="DATE", help="only say what was current then: 2026-01-31, or with a time")
     diff = add_verb(these, "diff", _view("diff"), "what differs between two versions, tensor by tensor")
     check = add_verb(
@@ -58,8 +58,8 @@ def _add_others(these: Any) -> None:
     check.add_argument("--tolerance", type=float, metavar="X", help="relative drift that a PATCH may have")
     add_verb(these, "stats", _view("stats"), "registrations, conflicts, rollbacks, deletions, and bytes")
     for verb in (diff, check):
-        verb.add_argument("old", metavar="REF")
-        verb.add_argument("new", metavar="REF")
+        verb.add_argument("old", metavar="REF", help="the version before")
+        verb.add_argument("new", metavar="REF", help="the version after")
     model_changes.add_to(these)
 
 

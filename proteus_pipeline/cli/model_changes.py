@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from proteus_pipeline.cli.verbs import add_verb, facts, plain, print_json, registry, tell
 from proteus_pipeline.errors import ConfigError
+from proteus_pipeline.stages.notes import note
 
 if TYPE_CHECKING:
     from proteus_pipeline.registry.retirement import Deletion
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def add_register(these: Any) -> None:
     register = add_verb(these, "register", _register, "store weights as a version, and tag it")
-    register.add_argument("name", metavar="NAME")
+    register.add_argument("name", metavar="NAME", help="the model")
     number = register.add_mutually_exclusive_group(required=True)
     number.add_argument("--version", metavar="V", help="MAJOR.MINOR.PATCH")
     number.add_argument(
@@ -51,10 +51,10 @@ def add_to(these: Any) -> None:
     restore = add_verb(these, "restore", _restore, "bring a deleted version back, to the bit")
     adopt = add_verb(these, "adopt", _adopt, "give a version that gto or a person tagged the record that ours have")
     prune = add_verb(these, "prune", _prune, "delete the oldest versions that nothing needs")
-    prune.add_argument("name", metavar="NAME")
+    prune.add_argument("name", metavar="NAME", help="the model")
     prune.add_argument("--keep", type=int, required=True, metavar="N", help="how many versions stay")
     verify = add_verb(these, "verify", _verify, "check tags, records, weights, remotes, backups; exit 3 or 4 if wrong")
-    verify.add_argument("reference", nargs="?", metavar="REF")
+    verify.add_argument("reference", nargs="?", metavar="REF", help="a version; all where none is named")
     verify.add_argument("--repair", action="store_true", help="mend what can be mended; damaged bytes go to quarantine")
     verify.add_argument("--deep", action="store_true", help="read and hash the copies on remotes as well")
     lock = add_verb(
@@ -68,10 +68,10 @@ def add_to(these: Any) -> None:
     push = add_verb(these, "push", _push, "send a version's weights to a DVC remote, and check that they are there")
     push.add_argument("-r", "--remote", metavar="NAME", help="the DVC remote; the default one otherwise")
     for verb in (rollback, delete, restore, adopt, pull, push):
-        verb.add_argument("reference", metavar="REF")
+        verb.add_argument("reference", metavar="REF", help="the version")
     for verb in (rollback, delete, restore, adopt, prune):
         _add_reason(verb)
-    for verb in (rollback, delete, restore, prune):
+    for verb in (rollback, delete, restore, prune, lock):
         verb.add_argument("--dry-run", action="store_true", help="only say what would be done")
     for verb in (delete, prune):
         verb.add_argument("--no-backup", action="store_true", help="make no backup: the weights are gone for good")
@@ -106,7 +106,7 @@ def _register(args: argparse.Namespace) -> int:
         if version.record and version.record.compatibility.get("reasons"):
             print(f"  {'; '.join(version.record.compatibility['reasons'])}")
         if version.record and version.record.author["fallback"]:
-            print("note: git has no user.name here, so the tag is by proteus@localhost", file=sys.stderr)
+            note("git has no user.name here, so the tag is by proteus@localhost")
     return 0
 
 
@@ -152,7 +152,7 @@ def _tell_of_lock(manager: ModelVersionManager, version: ModelVersion) -> None:
     locked = read_lock(manager.root / "models.lock")
     for reference, entry in locked.items():
         if reference == f"{version.name}@current" and entry.version != version.version:
-            print(f"note: models.lock says that {reference} is v{entry.version}; proteus model lock --update")
+            note(f"models.lock says that {reference} is v{entry.version}; proteus model lock --update")
 
 
 def _delete(args: argparse.Namespace) -> int:
@@ -277,13 +277,14 @@ def _lock(args: argparse.Namespace) -> int:
 
     project = Project.find()
     composition = compose(project.work, read_params(project.work / PARAMS))
-    changed = update_lock(project, composition, refresh=args.update)
+    changed = update_lock(project, composition, refresh=args.update, dry_run=args.dry_run)
     if args.json:
         print_json({reference: plain(entry) for reference, entry in changed.items()})
         return 0
     for reference, entry in changed.items():
-        print(f"{reference} is v{entry.version}")
-    print("models.lock is written; commit it" if changed else "models.lock is up to date")
+        print(f"{reference} {'would be' if args.dry_run else 'is'} v{entry.version}")
+    written = "models.lock is as it was" if args.dry_run else "models.lock is written; commit it"
+    print(written if changed else "models.lock is up to date")
     return 0
 
 

@@ -6,7 +6,9 @@ start faster than any binding imports.
 
 from __future__ import annotations
 
+import logging
 import secrets
+import shlex
 import subprocess
 import threading
 from collections.abc import Mapping, Sequence
@@ -17,6 +19,7 @@ from proteus_pipeline.errors import StorageError
 from proteus_pipeline.registry.environment import git_environment
 
 TEMPORARY_INDEX = "proteus-index-"
+_log = logging.getLogger(__name__)
 FALLBACK_NAME = "proteus"
 FALLBACK_EMAIL = "proteus@localhost"
 
@@ -95,6 +98,7 @@ class Git:
         self, *args: str, data: bytes | None = None, env: dict[str, str] | None = None, timeout_s: float | None = None
     ) -> bytes:
         """Run ``git ARGS`` and return the bytes it prints."""
+        _log.debug("git -C %s %s", self.root, shlex.join(args))
         try:
             done = subprocess.run(
                 ["git", "-C", str(self.root), *args],
