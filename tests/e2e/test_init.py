@@ -46,6 +46,8 @@ def test_from_a_fasta_to_a_result_that_a_clone_confirms(tmp_path: Path, weights:
         "results/embeddings.json",
     }
     mine.commit("a result")
+    found = [line.split()[:2] for line in mine.run("proteus", "doctor", "--quiet").splitlines()]
+    assert found == [["warn", "identity"], ["warn", "remotes"]]  # the clone's HOME knows nobody, and there is no remote
     assert mine.run("dvc", "status").count("changed") == 1  # compose, always
 
     rounded = str(tmp_path / "rounded")
@@ -78,6 +80,6 @@ def test_a_new_version_of_the_package_runs_the_stages_and_computes_nothing(
     )
     lock.write_text(older + "\n")
     shutil.rmtree(demo.root / ".dvc/cache/runs")  # else DVC remembers what these stages gave under this version
-    demo.run("proteus", "run")
+    assert demo.run("proteus", "run", "--quiet") == ""
     assert demo.ran() == {"prepare", "embed", "probe", "compare", "report"}
     assert demo.counts() == (6, 0) and demo.out("embed", "results/embeddings.json") == before
