@@ -29,19 +29,19 @@ HERE = Attestation("cpu/benchmark", "", "2026-01-01T00:00:00+00:00", 1.0, 1)
 MB = 1e6
 
 
-def layout(segments: int) -> list[int]:
+def layout(segments: int, in_segment: int) -> list[int]:
     """Return of how many segments each file speaks, when as many were published one after another; indexes are of one."""
     new, runs = 0, {}
     for _ in range(segments):
         new += 1
         if new == MERGE_AT:
-            chosen = to_merge({str(n): IN_SEGMENT for n in range(new)}, runs)
-            runs[f"run{len(runs)}-{sum(runs.values())}"] = new * IN_SEGMENT + sum(runs.pop(c, 0) for c in chosen)
+            chosen = to_merge({str(n): in_segment for n in range(new)}, runs)
+            runs[f"run{len(runs)}-{sum(runs.values())}"] = new * in_segment + sum(runs.pop(c, 0) for c in chosen)
             new = 0
-    return [size // IN_SEGMENT for size in runs.values()] + [1] * new
+    return [size // in_segment for size in runs.values()] + [1] * new
 
 
-def build(folder: Path, entries: int) -> np.ndarray:
+def build(folder: Path, entries: int, in_segment: int = IN_SEGMENT) -> np.ndarray:
     """Write the index files of a cache, and return all keys."""
     rng = np.random.default_rng(entries)
     keys = np.empty(entries, dtype=KEY)
@@ -50,16 +50,16 @@ def build(folder: Path, entries: int) -> np.ndarray:
     for kind in (INDEXES, RUNS):
         (folder / kind).mkdir(parents=True)
     first = 0
-    for number, segments in enumerate(layout(entries // IN_SEGMENT)):
-        count = segments * IN_SEGMENT
+    for number, segments in enumerate(layout(entries // in_segment, in_segment)):
+        count = segments * in_segment
         records = np.zeros(count, dtype=RECORD)
-        records["segment"] = np.repeat(np.arange(segments), IN_SEGMENT)
-        records["row"] = np.tile(np.arange(IN_SEGMENT), segments)
+        records["segment"] = np.repeat(np.arange(segments), in_segment)
+        records["row"] = np.tile(np.arange(in_segment), segments)
         records["offset"], records["nbytes"], records["length"] = 5120 * records["row"], 5120, 300
         headers = [
             SegmentHeader(
-                f"{number:010d}{s:010d}-benchmark.zip", 5120 * IN_SEGMENT, "pooled", "fp32", 1280, "0" * 32,
-                {"layer": 33}, HERE, IN_SEGMENT,
+                f"{number:010d}{s:010d}-benchmark.zip", 5120 * in_segment, "pooled", "fp32", 1280, "0" * 32,
+                {"layer": 33}, HERE, in_segment,
             )
             for s in range(segments)
         ]  # fmt: skip

@@ -29,11 +29,13 @@ if TYPE_CHECKING:
         VersionConflictError,
         VersionNotFoundError,
     )
+    from proteus_pipeline.registry.distributed import DistributedVersionManager
     from proteus_pipeline.registry.versions import ModelVersionManager
     from proteus_pipeline.serving.interface import ModelInterface
     from proteus_pipeline.serving.model_cache import ModelCacheManager
 
 _HOMES = {
+    "DistributedVersionManager": "registry.distributed",
     "EmbeddingCache": "embeddings.cache",
     "ModelCacheManager": "serving.model_cache",
     "ModelInterface": "serving.interface",
@@ -46,6 +48,7 @@ __all__ = [
     "CacheMemoryError",
     "CompatibilityError",
     "ConfigError",
+    "DistributedVersionManager",
     "EmbeddingCache",
     "FormatError",
     "IntegrityError",

@@ -14,6 +14,8 @@ from layouts import make_checkpoint
 from s3 import S3Server, s3_server
 
 if TYPE_CHECKING:
+    from groups import Group
+
     from proteus_pipeline.models.checkpoint import Checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -99,10 +101,19 @@ def repository(tmp_path: Path) -> Path:
     (root / ".dvc").mkdir(parents=True)
     (root / ".dvc" / "config").write_text("[core]\n    analytics = false\n")
     (root / ".gitignore").write_text("/.proteus/\n/.dvc/cache\n/.dvc/tmp\n")
+    (root / ".dvc" / ".gitignore").write_text("/config.local\n/tmp\n/cache\n")  # as dvc init does
     git(root, "init", "--quiet", "--initial-branch=main")
     git(root, "add", ".")
     git(root, "-c", "user.name=A", "-c", "user.email=a@example.org", "commit", "--quiet", "-m", "start")
     return root
+
+
+@pytest.fixture
+def group(tmp_path: Path, s3: S3Server) -> Group:
+    """A group that shares versions: it has members' clones made."""
+    from groups import Group
+
+    return Group.make(tmp_path, s3)
 
 
 def git(root: Path, *args: str) -> str:

@@ -122,6 +122,8 @@ def _stats(args: argparse.Namespace) -> int:
     print(f"  {stats['entries']} entries in {stats['segments']} segments")
     print(f"  {stats['bytes'] / 1e6:.1f} MB on disk, {stats['raw_bytes'] / 1e6:.1f} MB of numbers ({ratio:.2f}x)")
     print(f"  {stats['hits']} hits, {stats['derived']} derived, {stats['misses']} misses{rate}")
+    if cache.hot or stats["redis_hits"] or stats["redis_rejected"]:
+        print(f"  {stats['redis_hits']} of the hits from Redis, {stats['redis_rejected']} values there rejected")
     return 0
 
 

@@ -82,7 +82,7 @@ EXAMPLES = {
         ("proteus model pull mine@v1.0.0", "from a backup, a remote or its source"),
         ("proteus model pull esm2_t33_650M_UR50D@v1.0.0", "before a machine goes offline"),
     ),
-    "model push": (("proteus model push mine@v1.0.0 -r storage", "its weights; its tag goes by git push"),),
+    "model push": (("proteus model push mine@v1.0.0 -r storage", "its weights, then its tags"),),
     "cache stats": (("proteus cache stats", "entries, bytes, hits"),),
     "cache list": (("proteus cache list --json", "by weights and recipe"),),
     "cache plan": (("proteus cache plan my.fasta embedding.pooling=max", "before any work: what it would take"),),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
@@ -65,8 +66,13 @@ def add_to(these: Any) -> None:
         these, "pull", _pull, "have a version's tag and weights here: from a backup, a remote or its source"
     )
     pull.add_argument("--force", action="store_true", help="check weights that are here, and mend damaged ones")
-    push = add_verb(these, "push", _push, "send a version's weights to a DVC remote, and check that they are there")
-    push.add_argument("-r", "--remote", metavar="NAME", help="the DVC remote; the default one otherwise")
+    push = add_verb(
+        these, "push", _push, "send a version: its weights to a DVC remote, then its tags to the git remote"
+    )
+    push.add_argument(
+        "-r", "--remote", metavar="NAME", help="the DVC remote; PROTEUS_S3_URL's or the default one otherwise"
+    )
+    push.add_argument("--no-tags", action="store_true", help="send the weights alone")
     for verb in (rollback, delete, restore, adopt, pull, push):
         verb.add_argument("reference", metavar="REF", help="the version")
     for verb in (rollback, delete, restore, adopt, prune):
@@ -152,7 +158,7 @@ def _tell_of_lock(manager: ModelVersionManager, version: ModelVersion) -> None:
     locked = read_lock(manager.root / "models.lock")
     for reference, entry in locked.items():
         if reference == f"{version.name}@current" and entry.version != version.version:
-            note(f"models.lock says that {reference} is v{entry.version}; proteus model lock --update")
+            print(f"note: models.lock says that {reference} is v{entry.version}; proteus model lock --update")
 
 
 def _delete(args: argparse.Namespace) -> int:
@@ -245,10 +251,19 @@ def _verify(args: argparse.Namespace) -> int:
 
 def _pull(args: argparse.Namespace) -> int:
     from proteus_pipeline.cli.progress import DownloadProgress
+    from proteus_pipeline.identity.names import Reference
     from proteus_pipeline.models.official import catalogue_at
+    from proteus_pipeline.registry.bucket import named_bucket
+    from proteus_pipeline.registry.fetching import fetch_events
     from proteus_pipeline.registry.provision import provide
 
     manager = registry(args, create=True)
+    name = Reference.parse(args.reference).name
+    if git := manager.found():
+        named_bucket(manager.root)
+        failures = fetch_events(git, name)
+        if failures and manager.list_versions(name):
+            print(f"warning: going by the tags that are here: {'; '.join(failures)}", file=sys.stderr)
     progress = DownloadProgress("fetching weights")
     version = provide(manager, args.reference, catalogue_at(manager.root), progress=progress, force=args.force)
     tell(args, facts(version), f"{version.reference} is here")
@@ -256,17 +271,24 @@ def _pull(args: argparse.Namespace) -> int:
 
 
 def _push(args: argparse.Namespace) -> int:
+    from proteus_pipeline.registry.bucket import named_bucket
+    from proteus_pipeline.registry.shared import group_remote, push_tags
     from proteus_pipeline.registry.supply import send
 
     manager = registry(args)
     version = manager.resolve(args.reference)
-    sent, remote = send(manager.root, version.pointer, version.reference, args.remote)
-    if args.json:
-        print_json({"reference": version.reference, "remote": remote, "sent": sent})
+    hub = None if args.no_tags else group_remote(manager.ensure_home())
+    place = args.remote or named_bucket(manager.root)
+    sent, remote = send(manager.root, version.pointer, version.reference, place)
+    # A tag comes last: whoever sees it finds its weights.
+    tags = push_tags(manager.root, hub, version.name, version.version) if hub else []
+    told = {"reference": version.reference, "remote": remote, "sent": sent, "tags": tags}
+    said = f"{version.reference} is on DVC remote {remote}: {sent} objects sent; "
+    if hub:
+        said += f"its tags are on the git remote: {len(tags)} sent"
     else:
-        print(
-            f"{version.reference} is on DVC remote {remote}: {sent} objects sent; its tag: git push origin {quote(version.tag)}"
-        )
+        said += f"its tag: git push origin {quote(version.tag)}"
+    tell(args, told, said)
     return 0
 
 

@@ -43,8 +43,9 @@ def _run(args: argparse.Namespace) -> int:
 
 def told(outcome: Outcome) -> str:
     """Return an outcome as a sentence."""
+    redis = f" ({outcome.from_redis} from Redis)" if outcome.from_redis else ""
     text = (
-        f"{outcome.sequences} sequences: {outcome.hits} hits, {outcome.derived} derived, "
+        f"{outcome.sequences} sequences: {outcome.hits} hits{redis}, {outcome.derived} derived, "
         f"{outcome.computed} computed in {outcome.seconds:.1f} s"
     )
     twins = outcome.sequences - outcome.unique

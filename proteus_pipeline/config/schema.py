@@ -45,6 +45,7 @@ class CacheSettings:
     shared: str | None = None
     max_bytes: int | None = None
     policy: str = MISSING
+    redis: str | None = None
 
 
 @dataclass

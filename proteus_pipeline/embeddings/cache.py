@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from proteus_pipeline.embeddings.events import make_event, write_event
+from proteus_pipeline.embeddings.hot import HotTier
 from proteus_pipeline.embeddings.index import Attestation, SegmentHeader
 from proteus_pipeline.embeddings.leases import Lease, lease
 from proteus_pipeline.embeddings.publication import SEGMENTS, Publication, check_entry
@@ -44,10 +45,12 @@ if TYPE_CHECKING:
 
     from proteus_pipeline.embeddings.checking import Audited, Verified
     from proteus_pipeline.embeddings.computing import Embedded
+    from proteus_pipeline.embeddings.events import CacheEvent
     from proteus_pipeline.embeddings.exchange import Copied
     from proteus_pipeline.embeddings.explaining import Miss, Plan
     from proteus_pipeline.embeddings.housekeeping import Cleaning
     from proteus_pipeline.serving.interface import ModelInterface
+    from proteus_pipeline.stores.redis import RedisClient
 
 ACCEPT = ("any", "same_class")
 POLICIES = tuple(name for name in eviction.POLICIES if name != "ttl")
@@ -98,6 +101,8 @@ class EmbeddingCache:
         What segments and indexes may take; None for no limit. Whole segments are evicted at the end of a run.
     policy
         By which: a name in `proteus_pipeline.eviction.policies.POLICIES`, but for ``ttl``.
+    redis
+        Where runs look for pooled vectors that are in neither cache, and put those that they compute; None for nowhere.
 
     Raises
     ------
@@ -115,6 +120,7 @@ class EmbeddingCache:
         shared: Path | str | None = None,
         max_bytes: int | None = None,
         policy: str = "lru",
+        redis: RedisClient | None = None,
     ) -> None:
         if accept not in ACCEPT:
             raise ConfigError(f"cache.accept is {accept!r}", f"use one of {', '.join(ACCEPT)}")
@@ -128,6 +134,8 @@ class EmbeddingCache:
         self.visible = Visible(self.store)
         self._accept = accept
         self._device_class = device_class or _this_device_class
+        only_mine = self._device_class if accept == "same_class" else None
+        self.hot = HotTier(redis, only_mine) if redis else None
         self._beneath = LocalStore(shared) if shared else None
         self._visible_beneath = Visible(self._beneath, self.visible) if self._beneath else None
         self._looking = threading.Lock()  # readers ahead look up one at a time
@@ -147,6 +155,11 @@ class EmbeddingCache:
         self.visible.refresh()
         if self._visible_beneath:
             self._visible_beneath.refresh()
+
+    @property
+    def events(self) -> list[CacheEvent]:
+        """All events that hold here, those of the cache beneath with them, the oldest first, as of the last `refresh`."""
+        return (self._visible_beneath or self.visible).events
 
     def all_segments(self) -> list[SegmentHeader]:
         """Return the segments that have visible entries, here and beneath."""
@@ -567,6 +580,8 @@ class EmbeddingCache:
                 write_event(self.store, event)
         except StorageError as error:
             raise CacheInvalidationError(f"nothing was invalidated: {error.what}", error.remedy) from error
+        if self.hot and not dry_run:
+            self.hot.invalidate(trunk)
         return hidden
 
     def contents(self) -> list[Content]:
@@ -645,12 +660,17 @@ class EmbeddingCache:
 
         export(path, self, ids, entries)
 
-    def record_use(self, hits: int, derived: int, misses: int, read: Iterable[Entry] = ()) -> None:
-        """Add a run's look-ups to the cache's own account, with the entries that it read."""
-        record_use(self.path, hits, derived, misses, Counter(entry.segment for entry in read))
+    def record_use(
+        self, hits: int, derived: int, misses: int, read: Iterable[Entry] = (), redis: Mapping[str, int] | None = None
+    ) -> None:
+        """Add a run's look-ups to the cache's own account, with the entries that it read, and what it had of Redis."""
+        record_use(self.path, hits, derived, misses, Counter(entry.segment for entry in read), redis)
 
     def stats(self) -> dict[str, int]:
-        """Return entries, segments, bytes on disk, raw_bytes they decode to, and hits, derived, misses so far."""
+        """Return entries, segments, bytes on disk, raw_bytes they decode to, and hits, derived, misses so far.
+
+        Of the hits, ``redis_hits`` came from Redis; ``redis_rejected`` values there were not what was put there.
+        """
         self.refresh()
         raw = entries = on_disk = 0
         segments = self.visible.segments()
@@ -665,6 +685,7 @@ class EmbeddingCache:
             on_disk += header.segment_bytes
         used = list(uses(self.path))
         counts = {field: sum(getattr(use, field) for use in used) for field in ("hits", "derived", "misses")}
+        counts |= {f"redis_{name}": sum(use.redis.get(name, 0) for use in used) for name in ("hits", "rejected")}
         return {"entries": entries, "segments": len(segments), "bytes": on_disk, "raw_bytes": raw, **counts}
 
 

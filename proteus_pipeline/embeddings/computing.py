@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import numpy as np
 
 from proteus_pipeline.embeddings.cache import EmbeddingCache
+from proteus_pipeline.embeddings.hot import HotRun, Offered
 from proteus_pipeline.embeddings.index import Attestation, now
 from proteus_pipeline.embeddings.leases import Lease
 from proteus_pipeline.embeddings.publication import Publication
@@ -36,6 +37,8 @@ PUBLISH_BYTES = 128 << 20
 PUBLISH_SECONDS = 60.0
 # Computed and not yet written: beyond this the encoder waits for the disk.
 _QUEUE_BYTES = 16 << 20
+# Kept of a segment until it is published, for Redis.
+_OFFERED_BYTES = 32 << 20
 # After how many tokens freed memory is given back.
 _GIVEN_BACK_TOKENS = 8192
 # What a run claims at a time: little enough that others find work, enough that batches are full.
@@ -102,6 +105,7 @@ class _Lot:
     written_bytes: int = 0
     tokens: int = 0
     keys: list[str] = field(default_factory=list)
+    offered: list[Offered] = field(default_factory=list)
     published: bool = False
 
     def note(self, computed: Computed) -> None:
@@ -143,6 +147,8 @@ class Job:
         This run's, by which other runs know what it is computing.
     progress
         Told how far the work is.
+    hot
+        Where pooled vectors go too, once they are published.
 
     """
 
@@ -154,6 +160,7 @@ class Job:
     token_budget: int
     lease: Lease
     progress: Progress | None
+    hot: HotRun | None = None
 
     def run(self, missing: dict[str, str], done: dict[str, Embedded]) -> list[Entry]:
         """Compute what is missing, and publish it as it comes; return what other runs computed in the meantime.
@@ -262,6 +269,7 @@ class Job:
         self, flying: Iterable[Future[None]], lots: list[_Lot], done: dict[str, Embedded], error: BaseException
     ) -> None:
         """Publish what is finished, after Ctrl-C or an error, in publishing too. An entry published twice does no harm."""
+        self.hot = None  # who has pressed Ctrl-C waits for the disk alone
         try:
             wait(list(flying))
         finally:
@@ -290,6 +298,8 @@ class Job:
             lot.tokens += computed.tokens
             lot.keys.append(computed.key)
             lot.written_bytes += computed.array.nbytes
+            if self.hot and lot.written_bytes <= _OFFERED_BYTES:
+                lot.offered.append(Offered(computed.key, computed.array, computed.length))
             lot.waiting.popleft()
 
     def _publish(self, lot: _Lot, done: dict[str, Embedded]) -> None:
@@ -298,10 +308,13 @@ class Job:
             return
         device_class, torch_version = self.attested
         seconds = round(time.perf_counter() - lot.since, 6)
-        lot.publication.publish(Attestation(device_class, torch_version, now(), seconds, lot.tokens))
+        header = lot.publication.publish(Attestation(device_class, torch_version, now(), seconds, lot.tokens))
         lot.published = True
         self.lease.release(lot.keys)
         self.cache.tidy()
+        if hot := self.hot:
+            hot.offer(header, lot.offered)
+        lot.offered.clear()
 
 
 def _giving_back(results: Iterator[Computed]) -> Iterator[Computed]:

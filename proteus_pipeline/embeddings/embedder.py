@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -11,6 +11,7 @@ from proteus_pipeline.embeddings.cache import EmbeddingCache
 from proteus_pipeline.embeddings.computing import Embedded, Job, Progress, spans_of, tokens_of
 from proteus_pipeline.embeddings.deriving import derive, sources
 from proteus_pipeline.embeddings.explaining import counts, explain_missing
+from proteus_pipeline.embeddings.hot import PORTION, HotRun, alike
 from proteus_pipeline.embeddings.index import Attestation, now
 from proteus_pipeline.embeddings.leases import Lease
 from proteus_pipeline.embeddings.publication import Publication
@@ -35,6 +36,8 @@ class Outcome:
         One for each sequence asked for, in their order.
     sequences, unique, hits, derived, computed
         Counts; the last three add up to `unique`.
+    from_redis
+        How many of the hits came from Redis.
     tokens
         Tokens computed.
     seconds
@@ -56,6 +59,7 @@ class Outcome:
     seconds: float
     saved_seconds: float
     misses: dict[str, int] = field(default_factory=dict)
+    from_redis: int = 0
 
 
 def embed(
@@ -98,6 +102,7 @@ def embed(
     started = time.perf_counter()
     keys = [recipe.key(trunk, s) for s in sequences]
     by_key = dict(zip(keys, sequences, strict=True))
+    hot = cache.hot.run(trunk, recipe) if cache.hot else None
     with cache.hold() as lease:
         found = [entry for entry, _ in cache.find(by_key)]
         lease.add(e.segment for e in found)
@@ -105,22 +110,26 @@ def embed(
         missing = {key: s for key, s in by_key.items() if key not in done}
         read = [*found, *(_derive(cache, trunk, recipe, missing, done, lease) if missing else ())]
         missing = {key: s for key, s in missing.items() if key not in done}
+        derived = len(read) - len(found)
+        fetched = list(_fetch(cache, hot, trunk, recipe, missing, lease)) if hot else []
+        done |= {e.key: Embedded(e.key, e.shape, e.stored, e.content) for e in fetched}
+        read += fetched
+        missing = {key: s for key, s in missing.items() if key not in done}
         theirs: list[Entry] = []
         tokens = sum(tokens_of(spans_of(s, recipe)) for s in missing.values())
         why = counts(explain_missing(cache, missing, trunk, recipe))
         if missing:
-            job = Job(trunk, recipe, cache, encoder(), attest(), token_budget, lease, progress)
+            job = Job(trunk, recipe, cache, encoder(), attest(), token_budget, lease, progress, hot)
             if progress:
                 peak = job.encoder.peak() if tokens >= _WORTH_MEASURING else 0.0
                 progress.start(len(by_key), len(read), tokens, peak)
             theirs = job.run(missing, done)
         elif progress:
             progress.start(len(by_key), len(read), 0, 0.0)
-        derived = len(read) - len(found)
         # What another run computed while this one was at work is a hit.
-        hits, computed = len(found) + len(theirs), len(missing) - len(theirs)
+        hits, computed = len(found) + len(fetched) + len(theirs), len(missing) - len(theirs)
         read += theirs
-        cache.record_use(hits, derived, computed, read)
+        cache.record_use(hits, derived, computed, read, hot.counts if hot else None)
         cache.fit()
     return Outcome(
         tuple(done[key] for key in keys),
@@ -133,6 +142,7 @@ def embed(
         seconds=time.perf_counter() - started,
         saved_seconds=sum(e.seconds for e in read),
         misses=why,
+        from_redis=len(fetched),
     )
 
 
@@ -177,3 +187,25 @@ def _derive(
     if publications:
         cache.tidy()
     return [entry for entries in read.values() for entry in entries]
+
+
+def _fetch(
+    cache: EmbeddingCache, hot: HotRun, trunk: str, recipe: Recipe, missing: Mapping[str, str], lease: Lease
+) -> Iterator[Entry]:
+    """Publish what Redis has of what is missing, as it was computed elsewhere, and yield its entries here."""
+    keys = list(missing)
+    for start in range(0, len(keys), PORTION):
+        wanted = {key: missing[key] for key in keys[start : start + PORTION]}
+        vectors = hot.fetch(wanted, cache.events)
+        for attestation, published, some in alike(vectors):
+            # Its own time, and not `begin`'s: an invalidation that comes in this moment hides it too.
+            publication = Publication(cache.store, trunk, recipe, published)
+            try:
+                for v in some:
+                    publication.add(v.key, v.array, v.length)
+                lease.add([publication.publish(attestation, via="redis").segment])
+            finally:
+                publication.discard()
+        if vectors:
+            cache.tidy()
+            yield from (entry for entry, _ in cache.find(v.key for v in vectors))

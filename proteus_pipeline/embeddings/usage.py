@@ -28,6 +28,8 @@ class Use:
         Of distinct keys.
     segments
         How many entries of each segment were read.
+    redis
+        What was had of Redis: `proteus_pipeline.embeddings.hot.HotRun.counts`.
 
     """
 
@@ -36,11 +38,20 @@ class Use:
     derived: int
     misses: int
     segments: Mapping[str, int] = field(default_factory=dict)
+    redis: Mapping[str, int] = field(default_factory=dict)
 
 
-def record_use(folder: Path, hits: int, derived: int, misses: int, segments: Mapping[str, int]) -> None:
+def record_use(
+    folder: Path,
+    hits: int,
+    derived: int,
+    misses: int,
+    segments: Mapping[str, int],
+    redis: Mapping[str, int] | None = None,
+) -> None:
     """Add a run's look-ups to a cache's account; where that can't be, say so and go on."""
     value = {"time": now(), "hits": hits, "derived": derived, "misses": misses, "segments": dict(segments)}
+    value |= {"redis": counted} if (counted := {k: n for k, n in (redis or {}).items() if n}) else {}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # One short write to a file opened for appending: lines of several processes do not mix. An end of line in front:
@@ -62,7 +73,8 @@ def uses(folder: Path) -> Iterator[Use]:
             value = json.loads(line)
             when = dt.datetime.fromisoformat(value["time"]).timestamp()
             segments = {str(k): int(v) for k, v in value.get("segments", {}).items()}
-            yield Use(when, int(value["hits"]), int(value["derived"]), int(value["misses"]), segments)
+            redis = {str(k): int(v) for k, v in value.get("redis", {}).items()}
+            yield Use(when, int(value["hits"]), int(value["derived"]), int(value["misses"]), segments, redis)
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
             continue
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 from proteus_pipeline.registry.git import Git, GitError
+from proteus_pipeline.registry.shared import REMOTE_VARIABLE, group_remote
 
 _TIMEOUT_S = 15.0
 
@@ -40,4 +42,6 @@ def fetch_events(git: Git, name: str) -> list[str]:
 
 
 def _remotes(git: Git) -> list[str]:
-    return (git.try_run("remote") or "").split()
+    names = (git.try_run("remote") or "").split()
+    group = group_remote(git) if os.environ.get(REMOTE_VARIABLE) else None
+    return [*names, group] if group and group not in names else names

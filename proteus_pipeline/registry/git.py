@@ -7,11 +7,12 @@ start faster than any binding imports.
 from __future__ import annotations
 
 import logging
+import re
 import secrets
 import shlex
 import subprocess
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,9 +20,11 @@ from proteus_pipeline.errors import StorageError
 from proteus_pipeline.registry.environment import git_environment
 
 TEMPORARY_INDEX = "proteus-index-"
-_log = logging.getLogger(__name__)
 FALLBACK_NAME = "proteus"
 FALLBACK_EMAIL = "proteus@localhost"
+# A user and password in a remote's address.
+_SECRET = re.compile(r"://[^/\s]*@")
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -50,8 +53,12 @@ class GitKilledError(GitError):
     """Git was killed, and so may have left its locks, and half of what it was to do."""
 
 
+class BehindError(StorageError):
+    """Somebody else of a group published first: what was to be published has to be thought over again."""
+
+
 class Git:
-    """One repository, by its top folder.
+    """One repository, by its top folder. What is published in it is nobody else's: `SharedGit` has others to ask.
 
     Raises
     ------
@@ -98,7 +105,7 @@ class Git:
         self, *args: str, data: bytes | None = None, env: dict[str, str] | None = None, timeout_s: float | None = None
     ) -> bytes:
         """Run ``git ARGS`` and return the bytes it prints."""
-        _log.debug("git -C %s %s", self.root, shlex.join(args))
+        _log.debug("git -C %s %s", self.root, _SECRET.sub("://", shlex.join(args)))
         try:
             done = subprocess.run(
                 ["git", "-C", str(self.root), *args],
@@ -117,9 +124,10 @@ class Git:
             raise GitKilledError(f"git {args[0]} was killed by signal {-done.returncode}", "run the command again")
         if done.returncode:
             lines = done.stderr.decode("utf-8", "replace").strip().splitlines() or [f"exit {done.returncode}"]
-            # What went wrong; git's advice comes after it.
-            words = next((line for line in lines if line.startswith("fatal: ")), lines[-1])
-            raise GitError(f"git {args[0]}: {words}", f"run it by hand in {self.root}")
+            # What went wrong; git's advice comes after it. Of several refs that a remote refuses, the one with a reason.
+            refused = [line.strip() for line in lines if line.startswith(" ! [") and "atomic" not in line]
+            words = next((line for line in lines if line.startswith("fatal: ")), (refused or lines[-1:])[0])
+            raise GitError(f"git {args[0]}: {_SECRET.sub('://', words)}", f"run it by hand in {self.root}")
         return done.stdout
 
     def try_run(self, *args: str) -> str | None:
@@ -128,6 +136,17 @@ class Git:
             return self.run(*args)
         except GitError:
             return None
+
+    def refresh(self) -> None:
+        """Bring what others have published: `exclusive` asks for it, so that a change is made to what is so now."""
+
+    def offer(self, tags: Mapping[str, str]) -> bool:
+        """Publish tag objects, by name, with whoever else decides of names; False where one of the names is taken."""
+        del tags
+        return True
+
+    def withdraw(self, tags: Iterable[str]) -> None:
+        """Take tags away where they were published; they are there under other names."""
 
     def folder(self) -> Path:
         """Return the repository's own folder, which its worktrees share."""

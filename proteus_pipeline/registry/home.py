@@ -9,7 +9,7 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -97,12 +97,12 @@ def _make_home(git: Git) -> None:
     files = DVC_FILES | {".dvcignore": ".proteus\n", ".gitignore": "/.proteus/\n"}
     for name, text in files.items():
         write_atomic(git.root / name, text.encode())
-    commit_first(git, "A home for model versions")
+    commit_first(git, files, "A home for model versions")
 
 
-def commit_first(git: Git, message: str) -> None:
-    """Commit all files of a new repository, but those that its .gitignore names."""
-    git.run("add", "--all")
+def commit_first(git: Git, names: Iterable[str], message: str) -> None:
+    """Commit files of a new repository, also those that somebody's own core.excludesFile would leave out."""
+    git.run("add", "--force", "--", *names)
     # Not by git commit, which hooks and the signing of a user's own settings may refuse.
     commit = git.run("commit-tree", git.run("write-tree"), data=f"{message}\n", env=git.identity_env())
     git.run("update-ref", "HEAD", commit)

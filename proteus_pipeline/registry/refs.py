@@ -11,13 +11,17 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import random
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
 from proteus_pipeline.errors import StorageError
-from proteus_pipeline.registry.git import TEMPORARY_INDEX, Git, GitError, GitKilledError
+from proteus_pipeline.registry.git import TEMPORARY_INDEX, BehindError, Git, GitError, GitKilledError
+
+T = TypeVar("T")
 
 LEDGER = "refs/proteus/ledger/"
 _LOCK = "proteus.lock"
@@ -25,8 +29,10 @@ _JOURNAL = "proteus.journal"
 # Git takes a ref's lock as soon as it starts, and holds it for milliseconds.
 _STARTS_WITHIN_S = 10.0
 _STANDS_STILL_S = 1.0
-# A registry change holds the lock for some git commands, some tenths of a second; weights are stored outside it.
+# A registry change holds the lock for some git commands, some tenths of a second, or, with a group's remote, some seconds;
+# weights are stored outside it.
 _PATIENCE_S = 60.0
+_TURNS, _LONGEST_WAIT_S = 30, 2.0
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS}
 
 
@@ -59,6 +65,7 @@ def exclusive(git: Git) -> Iterator[None]:
         git.held = (descriptor,)
         if alone:
             _recover(git, folder)
+        git.refresh()
         yield
     finally:
         git.held = ()
@@ -151,6 +158,9 @@ def publish(
 ) -> bool:
     """Create tags with their ledger entries, and advance a branch, all or nothing; False, and no change, where one exists.
 
+    Where a group shares the registry, its git remote decides, and has the tags before they are here: whoever dies between
+    the two finds them by the next look.
+
     Parameters
     ----------
     tags
@@ -163,12 +173,58 @@ def publish(
     Raises
     ------
     StorageError
-        When git can't write, or the branch has moved meanwhile.
+        When git can't write, the branch has moved meanwhile, or the group's remote can't be reached.
+    BehindError
+        When somebody of the group has published since `exclusive` was entered.
 
     """
-    lines, refs = [], {}
     if any(not (tag.isprintable() and " " not in tag) for tag in (*tags, *(withdrawn or {}))):
         raise StorageError("a tag's name holds a space or a line end", "give it another name")
+    with exclusive(git):
+        if not git.offer(tags):
+            return False
+        made = enter_all(git, tags, branch, withdrawn)
+        if made and withdrawn:
+            git.withdraw(withdrawn)
+    return made
+
+
+def in_turn(git: Git, change: Callable[[], T]) -> T:
+    """Return what a change comes to within `exclusive`; it is made again where somebody of a group published first."""
+
+    def alone() -> T:
+        with exclusive(git):
+            return change()
+
+    return repeated(alone)
+
+
+def repeated(change: Callable[[], T]) -> T:
+    """Return what a change comes to; it is made again, after what is there then, while others of a group publish first.
+
+    Raises
+    ------
+    BehindError
+        When that goes on for too long.
+
+    """
+    for turn in range(_TURNS):
+        try:
+            return change()
+        except BehindError:
+            # Others wait as well, and not in step.
+            time.sleep(random.uniform(0, min(_LONGEST_WAIT_S, 0.05 * 2**turn)))  # noqa: S311
+    return change()
+
+
+def enter_all(
+    git: Git,
+    tags: Mapping[str, str],
+    branch: tuple[str, str, str | None] | None = None,
+    withdrawn: Mapping[str, str] | None = None,
+) -> bool:
+    """Do what `publish` does in this clone alone, as with tags that have come from elsewhere: StorageError as it says."""
+    lines, refs = [], {}
     for tag, oid in tags.items():
         # The ledger first: a tag without an entry could be moved unseen.
         for ref in (LEDGER + tag, f"refs/tags/{tag}"):

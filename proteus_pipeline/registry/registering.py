@@ -20,7 +20,7 @@ from proteus_pipeline.registry.committing import Registration, clean_branch, fol
 from proteus_pipeline.registry.events import History, greatest
 from proteus_pipeline.registry.git import Git
 from proteus_pipeline.registry.pointers import Pointer
-from proteus_pipeline.registry.refs import LEDGER, exclusive, put_back
+from proteus_pipeline.registry.refs import LEDGER, in_turn, put_back
 from proteus_pipeline.registry.version import ModelVersion
 from proteus_pipeline.registry.weights import DvcCache
 
@@ -100,12 +100,15 @@ def register(manager: ModelVersionManager, request: Request, model: RegistrableM
     branch = clean_branch(git, name) if request.on_branch else None
     pointer, weights = request.stored or manager.store_weights(name, checkpoint)
     registration = Registration(name, checkpoint, pointer, weights, given, branch)
-    with exclusive(git):
+
+    def tag() -> tuple[str, bool]:
         if DvcCache(manager.root).files(pointer) is None:
             manager.store_weights(name, checkpoint)  # a version that shared them was deleted meanwhile
         history = manager.history(name)
-        number = number or _bumped(history, request.bump, measured)
-        made = number not in history.known and registration.tag(git, history, number)
+        chosen = number or _bumped(history, request.bump, measured)
+        return chosen, chosen not in history.known and registration.tag(git, history, chosen)
+
+    number, made = in_turn(git, tag)
     if not made:
         return _same_or_conflict(manager, request, number, checkpoint)
     _keep_to_limit(manager, name, number)

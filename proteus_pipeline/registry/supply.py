@@ -91,18 +91,29 @@ def send(root: Path, pointer: Pointer, reference: str, name: str | None = None) 
     remote = found[name] if name else next(iter(found.values()))
     supply(root, pointer, reference)
     cache = DvcCache(root)
-    listed = [*(cache.listing(pointer) or {}).values(), *([pointer.md5] if pointer.is_folder else [])]
-    missing = [md5 for md5 in dict.fromkeys(listed) if remote.size(md5) != cache.object(md5).stat().st_size]
-    for md5 in missing:
+
+    def copy(md5: str) -> bool:
+        there = remote.size(md5)
+        if there == cache.object(md5).stat().st_size:
+            return False
         if not cache.is_sound(md5):
             raise IntegrityError(
                 f"{cache.object(md5)} of {reference} is damaged, and was not sent",
                 f"proteus model verify {reference} --repair",
             )
-        if remote.size(md5) is not None:
+        if there is not None:
             remote.remove(md5)  # of another size: cut short by whoever sent it
         remote.push(md5, cache.object(md5))
-    return len(missing), remote.name
+        return True
+
+    # One first, alone: it opens the remote, or says that it can't be reached.
+    first, *rest = dict.fromkeys((cache.listing(pointer) or {}).values())
+    sent = int(copy(first))
+    with ThreadPoolExecutor(_TRANSFERS) as pool:
+        sent += sum(pool.map(copy, rest))
+    if pointer.is_folder:
+        sent += copy(pointer.md5)
+    return sent, remote.name
 
 
 class _Sources:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from proteus_pipeline.errors import (
     VersionNotFoundError,
 )
 from proteus_pipeline.identity.names import Reference
+from proteus_pipeline.registry.fetching import fetch_events
 from proteus_pipeline.registry.places import registry_home
 from proteus_pipeline.registry.version import ModelVersion
 from proteus_pipeline.registry.versions import ModelVersionManager
@@ -26,6 +28,8 @@ from proteus_pipeline.serving.interface import ModelInterface
 if TYPE_CHECKING:
     from proteus_pipeline.models.architecture import Architecture
     from proteus_pipeline.models.checkpoint import Checkpoint
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -172,6 +176,15 @@ class Bindings:
         if stamp is not None:
             self._known[reference] = (stamp, version)
         return version
+
+    def look_again(self, name: str) -> None:
+        """Forget what a name means here, having fetched what git remotes have of it; where they can't be reached, say so."""
+        with _telling(f"what {name} means now"):
+            git = self.manager.found()
+        for failure in fetch_events(git, name) if git else ():
+            _log.warning("%s is looked at anew, and its tags could not be fetched from %s", name, failure)
+        for reference in [r for r in list(self._known) if r.partition("@")[0] == name]:
+            self._known.pop(reference, None)
 
     def _enter(self, model: ModelInterface) -> Binding:
         """Bind weights that are not registered: one reader at a time, since it takes their digest over the whole file."""

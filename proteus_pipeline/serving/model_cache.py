@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from proteus_pipeline.errors import ConfigError
@@ -13,6 +15,7 @@ from proteus_pipeline.models.device import resolve_device
 from proteus_pipeline.models.encoder import TOKENS_PER_BATCH, Encoder, Outputs, check_options
 from proteus_pipeline.serving.bindings import Binding, Bindings
 from proteus_pipeline.serving.calls import Call
+from proteus_pipeline.serving.fellows import COUNTED, Fellows
 from proteus_pipeline.serving.interface import ModelInterface
 from proteus_pipeline.serving.residence import Residence
 from proteus_pipeline.serving.settings import CacheSettings
@@ -47,7 +50,9 @@ class ModelCacheManager:
         Which model goes first where there is no room: ``lru``, ``lfu``, ``fifo``, ``ttl``, or ``cost``, the one whose bytes
         save the fewest seconds of loading.
     distributed
-        Whether other machines are told of invalidations: not in this release.
+        Whether processes and clones that use one Redis tell each other of invalidations, count together, and on one machine
+        do not all load a model at once. What another one told is honoured by a look-up `STALE_S` (a second) later at the
+        latest, and the time it takes to ask Redis and to fetch tags; where Redis is gone, all is as without.
     compression
         Whether a model that has to go is kept compressed in memory, where that was measured to be faster than its source.
     version_manager
@@ -56,13 +61,15 @@ class ModelCacheManager:
         As in `proteus_pipeline.models.encoder.make_encoder`.
     device
         ``auto``, ``cpu``, ``cuda`` or ``cuda:N``: one cache is for one device, and has that device's budget.
+    redis_url
+        Of the Redis, for `distributed`; ``PROTEUS_REDIS_URL``'s where None.
     max_gpu_memory_gb, ttl, patience, tokens_per_batch
         See `proteus_pipeline.serving.settings.CacheSettings`.
 
     Raises
     ------
     ConfigError
-        For a value that is unknown or out of range.
+        For a value that is unknown or out of range; for `distributed` without the URL of a Redis.
 
     """
 
@@ -81,18 +88,21 @@ class ModelCacheManager:
         ttl: float | None = None,
         patience: float = 10.0,
         tokens_per_batch: int = TOKENS_PER_BATCH,
+        redis_url: str | None = None,
     ) -> None:
-        if distributed:
-            raise ConfigError(
-                "distributed=True: models can't be invalidated on other machines yet",
-                "leave it out: processes on one repository see each other's rollbacks without it",
-            )
+        if not isinstance(distributed, bool):
+            raise ConfigError(f"distributed is {distributed!r}", "use True or False")
+        self._fellows = Fellows.at(redis_url) if distributed else None
         check_options(precision, numerics)
         settings = CacheSettings(
             max_memory_gb, max_gpu_memory_gb, eviction_policy, ttl, compression, patience, tokens_per_batch
         )
-        self._residence = Residence(settings, device=resolve_device(device), precision=precision, numerics=numerics)
+        turn = self._fellows.turn if self._fellows else None
+        device = resolve_device(device)
+        self._residence = Residence(settings, device=device, precision=precision, numerics=numerics, turn=turn)
         self._bindings = Bindings(version_manager)
+        if self._fellows:  # what was counted since it last told the others
+            weakref.finalize(self, _count, self._fellows, self._residence, at_once=True)
 
     def cache_model(self, model: ModelInterface | ModelVersion) -> CachedModel:
         """Load a model and keep it: a registered one as its version, any other by its name.
@@ -111,7 +121,7 @@ class ModelCacheManager:
         """
         if isinstance(model, str):
             raise ConfigError(f"{model!r} is a name, not a model", "use get_or_load for a name")
-        return self._loaded(self._bindings.of(model))
+        return self._loaded(self._of(model))
 
     def get_cached_model(self, model_name: str) -> CachedModel | None:
         """Return what a name or reference means now, if it is loaded; None if not.
@@ -124,6 +134,7 @@ class ModelCacheManager:
             When the registry can't be read.
 
         """
+        self._hear(model_name)
         binding = self._bindings.known(model_name)
         found = self._residence.peek(binding.digest if binding else "")
         return CachedModel(self, binding) if binding and found else None
@@ -140,7 +151,7 @@ class ModelCacheManager:
             half a second to 30, who asks again gets the same error at once.
 
         """
-        return self._loaded(self._bindings.of(model))
+        return self._loaded(self._of(model))
 
     @contextmanager
     def lease(self, model: str | ModelInterface | ModelVersion) -> Iterator[CachedModel]:
@@ -152,7 +163,7 @@ class ModelCacheManager:
             As `get_or_load`.
 
         """
-        binding = self._bindings.of(model)
+        binding = self._of(model)
         with self._residence.leased(binding):
             yield CachedModel(self, binding)
 
@@ -167,7 +178,7 @@ class ModelCacheManager:
             As `get_or_load`.
 
         """
-        bindings = [self._bindings.of(model) for model in models]
+        bindings = [self._of(model) for model in models]
         with ExitStack() as stack:
             for binding in bindings:
                 stack.enter_context(self._residence.leased(binding))
@@ -190,7 +201,8 @@ class ModelCacheManager:
     def invalidate(self, model: str) -> int:
         """Serve a version no more, or, by a name alone, all that was loaded under it; return how many were.
 
-        Who computes with one goes on, and its memory comes back when that is done.
+        With `distributed`, all others let go of what they loaded under the name, fetch its tags, and look at it anew: so
+        call it after ``git push`` of a rollback. Who computes with one goes on, and its memory comes back when that is done.
 
         Raises
         ------
@@ -202,10 +214,14 @@ class ModelCacheManager:
         """
         reference = Reference.parse(model)
         if "@" not in model:
-            return self._residence.drop(self._bindings.digests(reference.name), "invalidated")
-        binding = self._bindings.known(model)
-        digest = binding.digest if binding else self._bindings.bound(model)
-        return self._residence.drop({digest}, "invalidated") if digest else 0
+            count = self._residence.drop(self._bindings.digests(reference.name), "invalidated")
+        else:
+            binding = self._bindings.known(model)
+            digest = binding.digest if binding else self._bindings.bound(model)
+            count = self._residence.drop({digest}, "invalidated") if digest else 0
+        if self._fellows:
+            self._fellows.tell(reference.name)
+        return count
 
     def clear_cache(self) -> int:
         """Let go of all models and compressed copies; return how many models. As `invalidate`, for those in use."""
@@ -233,8 +249,10 @@ class ModelCacheManager:
 
         """
         if isinstance(config, Mapping) and "distributed" in config:
-            if config["distributed"] is not False:
-                raise ConfigError(f"distributed is {config['distributed']!r}", "use False: see ModelCacheManager")
+            if config["distributed"] is not (self._fellows is not None):
+                raise ConfigError(
+                    f"distributed can't become {config['distributed']!r} now", "make another ModelCacheManager"
+                )
             config = {name: value for name, value in config.items() if name != "distributed"}
         return self._residence.configure(config)
 
@@ -248,10 +266,14 @@ class ModelCacheManager:
             copy), ``load_failures``, ``load_seconds`` and ``age_at_eviction_seconds`` (``p50``, ``p95``), ``evictions`` by
             cause, ``leases``, ``models`` and ``compressed`` (bytes by model digest), ``bytes`` of ``limit_bytes``,
             ``limited_by``, and ``devices``: of each the bytes of models, loads, calls, what is still being freed, and
-            copies.
+            copies. ``shared``: what all caches on one Redis have counted together, about; None without `distributed`, or
+            where Redis can't be asked.
 
         """
-        return self._residence.stats()
+        stats = self._residence.stats()
+        if self._fellows:
+            _count(self._fellows, self._residence, at_once=True)
+        return stats | {"shared": self._fellows.counted() if self._fellows else None}
 
     def collect(self) -> Iterator[Metric]:
         """Yield the same numbers as Prometheus's metrics: ``prometheus_client.REGISTRY.register(cache)`` has them scraped.
@@ -268,9 +290,34 @@ class ModelCacheManager:
         registry.register(self)
         return generate_latest(registry).decode()
 
+    def _of(self, model: str | ModelInterface | ModelVersion) -> Binding:
+        if isinstance(model, str | ModelInterface):
+            self._hear(model if isinstance(model, str) else model.name)
+        return self._bindings.of(model)
+
+    def _hear(self, model: str) -> None:
+        """Honour what others have told since they were last listened to."""
+        if self._fellows is None:
+            return
+        name = Reference.parse(model).name
+        self._fellows.listen(name)
+        self._fellows.honour(name, partial(self._look_again, name))
+        _count(self._fellows, self._residence)
+
+    def _look_again(self, name: str) -> None:
+        self._bindings.look_again(name)
+        self._residence.drop(self._bindings.digests(name), "invalidated")
+
     def _loaded(self, binding: Binding) -> CachedModel:
         with self._residence.leased(binding):
             return CachedModel(self, binding)
+
+
+def _count(fellows: Fellows, residence: Residence, *, at_once: bool = False) -> None:
+    """Tell the others what a cache has counted."""
+    c = residence.counts
+    counted = c.hits, c.misses, c.loads, c.restored, c.failures, c.evictions.total()
+    fellows.count(dict(zip(COUNTED, counted, strict=True)), at_once=at_once)
 
 
 class CachedModel(ModelInterface):

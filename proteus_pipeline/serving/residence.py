@@ -10,7 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -43,7 +43,16 @@ _FASTEST_UNPACKING = 4e9
 class Residence:
     """The models of one device; see `proteus_pipeline.ModelCacheManager` for what each verb promises."""
 
-    def __init__(self, settings: CacheSettings, *, device: str, precision: str, numerics: str) -> None:
+    def __init__(
+        self,
+        settings: CacheSettings,
+        *,
+        device: str,
+        precision: str,
+        numerics: str,
+        turn: Callable[[str], AbstractContextManager[None]] | None = None,
+    ) -> None:
+        self._turn = turn or (lambda _: nullcontext())
         self.device, self.precision, self.numerics = device, precision, numerics
         self.settings = settings
         self.counts = Counts()
@@ -303,9 +312,11 @@ class Residence:
         opened = time.perf_counter() - began
         need = weight_bytes(checkpoint.architecture, self.precision, self.device) + checkpoint.nbytes
         self._make_room_to_load(binding, checkpoint.architecture, need, need, place)
-        began = time.perf_counter()  # what was waited for in between is not the source's
-        encoder = make_encoder(checkpoint, precision=self.precision, numerics=self.numerics, device=self.device)
-        seconds = opened + time.perf_counter() - began
+        # What was waited for in between is not the source's.
+        with self._turn(binding.digest):
+            began = time.perf_counter()
+            encoder = make_encoder(checkpoint, precision=self.precision, numerics=self.numerics, device=self.device)
+            seconds = opened + time.perf_counter() - began
         self.counts.load_seconds.append(seconds)
         return encoder, seconds, False
 

@@ -21,6 +21,8 @@ _MOUNTS = Path("/proc/mounts")
 # Where rename and locks are not what they are on a disk; the cache is right there, and several runs may compute a key twice.
 _NETWORK = ("nfs", "lustre", "cifs", "smb", "fuse", "9p", "beegfs", "gpfs", "ceph")
 _NEWEST, _SAMPLE = 4, 8
+# Beyond it, finding rows by their segments takes longer than a quick look may.
+_FEW_ENTRIES = 5_000_000
 
 
 def _file_system(here: Here) -> Iterator[Check]:
@@ -86,7 +88,7 @@ def _contents(here: Here) -> Iterator[Check]:
             damaged.append(f"seg/{path.name} is gone")
         elif (found := path.stat().st_size) != header.segment_bytes:
             damaged.append(f"seg/{path.name} has {found} bytes, not {header.segment_bytes}")
-    where = cache.visible.by_segment()
+    where = cache.visible.by_segment() if stats["entries"] <= _FEW_ENTRIES else {}
     # The newest are what a crash of the machine may have cut.
     for entry in [e for name in sorted(headers)[-_NEWEST:] for e in visible_entries(cache, where, name)[-_SAMPLE:]]:
         try:

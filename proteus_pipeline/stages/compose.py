@@ -33,6 +33,7 @@ from proteus_pipeline.stages.notes import note
 from proteus_pipeline.stages.probing import ProbeSettings
 from proteus_pipeline.stages.project import CANDIDATE, COMPOSED, MANIFEST, Project, installed
 from proteus_pipeline.stores.files import storage_error, write_atomic
+from proteus_pipeline.stores.redis_url import VARIABLE, given_url, parse_url
 
 if TYPE_CHECKING:
     from proteus_pipeline.config.schema import CacheSettings, DataSettings, RuntimeSettings
@@ -243,6 +244,29 @@ def _check_cache(settings: CacheSettings) -> None:
     from proteus_pipeline.embeddings.cache import EmbeddingCache
 
     EmbeddingCache(".", accept=settings.accept, max_bytes=settings.max_bytes, policy=settings.policy)
+    if settings.redis:  # what the environment says is blamed on no file
+        check_redis(settings)
+
+
+def check_redis(settings: CacheSettings) -> None:
+    """Refuse a Redis that can't be one, and a password that params.yaml or conf/ would give to git.
+
+    Raises
+    ------
+    ConfigError
+        Without any part of the URL.
+
+    """
+    url = given_url(settings.redis)
+    if url is None:
+        return
+    said_by = "cache.redis" if settings.redis else VARIABLE
+    try:
+        place = parse_url(url)
+    except ConfigError as error:
+        raise ConfigError(f"{said_by}: {error.what}", error.remedy) from None
+    if settings.redis and place.password:
+        raise ConfigError("cache.redis holds a password, which git would keep", f"give the URL by {VARIABLE}")
 
 
 def check_cache_folders(project: Project, settings: CacheSettings) -> None:
@@ -258,6 +282,7 @@ def check_cache_folders(project: Project, settings: CacheSettings) -> None:
     there = next(p for p in (path, *path.absolute().parents) if os.path.lexists(p))
     if not there.is_dir():
         raise StorageError(f"cache.path is {path}, and {there} is no folder", "set cache.path=FOLDER")
+    check_redis(settings)
     if settings.shared:
         check_is_cache(project.home / Path(settings.shared).expanduser(), "cache.shared")
 

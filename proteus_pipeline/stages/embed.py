@@ -104,6 +104,6 @@ def stage_encoder(project: Project, composed: dict[str, Any], stage: str) -> Enc
 
 def summary(outcome: Outcome) -> dict[str, Any]:
     """Return an outcome's counts, as results/run.json has them."""
-    fields = ("sequences", "unique", "hits", "derived", "computed", "tokens")
+    fields = ("sequences", "unique", "hits", "derived", "computed", "tokens", "from_redis")
     seconds = {"seconds": round(outcome.seconds, 3), "saved_seconds": round(outcome.saved_seconds, 3)}
     return {field: getattr(outcome, field) for field in fields} | seconds | {"misses": outcome.misses}

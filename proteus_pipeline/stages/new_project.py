@@ -23,7 +23,7 @@ from proteus_pipeline.registry.lock import write_lock
 from proteus_pipeline.sequences.fasta import read_fasta
 from proteus_pipeline.sequences.labels import read_labels
 from proteus_pipeline.sequences.rules import clean
-from proteus_pipeline.stages.compose import rules_of
+from proteus_pipeline.stages.compose import LOCK, rules_of
 from proteus_pipeline.stages.project import installed
 from proteus_pipeline.stages.template import MINE, project_files, template_folder
 from proteus_pipeline.stores.files import storage_error, write_atomic
@@ -139,6 +139,10 @@ def _looked_at(fasta: Path, labels: Path | None) -> tuple[int, list[str]]:
 
     The rules are the user's to choose, in the project; a file that is none is refused here.
     """
+    for option, path in (("--fasta", fasta), ("--labels", labels)):
+        if path and path.exists() and not (path.is_file() or path.is_dir()):
+            # It is read three times, and a pipe can be read once.
+            raise SequenceError(f"{option}: {path} is no regular file", "write it to a file first")
     try:
         ids = {record.id for record in read_fasta(fasta)}
         if labels:
@@ -186,16 +190,17 @@ def _make(folder: Path, files: dict[str, bytes], copied: dict[Path, str], large:
         made.mkdir(parents=True)
         git = Git(made)
         git.run("init", "--quiet")
-        for name, data in (files | {name: text.encode() for name, text in DVC_FILES.items()}).items():
+        files = files | {name: text.encode() for name, text in DVC_FILES.items()}
+        if large:
+            files["data/.gitignore"] = "".join(f"/{name.removeprefix('data/')}\n" for name in large).encode()
+        for name, data in files.items():
             write_atomic(made / name, data)
-        write_lock(made / "models.lock", {})
+        write_lock(made / LOCK, {})
         (made / "data").mkdir(exist_ok=True)
         for source, name in copied.items():
             shutil.copyfile(source, made / name)
-        if large:
-            ignored = "".join(f"/{name.removeprefix('data/')}\n" for name in large)
-            write_atomic(made / "data" / ".gitignore", ignored.encode())
-        commit_first(git, "A project for proteus")
+        names = {*files, LOCK, *copied.values()}
+        commit_first(git, sorted(names.difference(large)), "A project for proteus")
         _move(made, here)
     except OSError as error:
         if isinstance(error, StorageError):

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from proteus_pipeline.models.sources import ModelEntry
     from proteus_pipeline.registry.versions import ModelVersionManager
     from proteus_pipeline.serving.model_cache import ModelCacheManager
+    from proteus_pipeline.stores.redis import RedisClient
 
 COMPOSED = "composed.yaml"
 SEQUENCES = "prepared/sequences.fasta"
@@ -112,7 +113,22 @@ class Project:
             shared=self.home / Path(shared).expanduser() if shared else None,
             max_bytes=settings["max_bytes"],
             policy=settings["policy"],
+            redis=self._redis(settings.get("redis")),
         )
+
+    def _redis(self, setting: str | None) -> RedisClient | None:
+        """Return the Redis of a setting or of the environment: one client of each, which says once that it is gone."""
+        from proteus_pipeline.stores.redis import RedisClient
+        from proteus_pipeline.stores.redis_url import given_url
+
+        url = given_url(setting)
+        if url is not None and url not in self._clients:
+            self._clients[url] = RedisClient(url)
+        return self._clients[url] if url is not None else None
+
+    @cached_property
+    def _clients(self) -> dict[str, RedisClient]:
+        return {}
 
     def models(self, composed: dict[str, Any]) -> ModelCacheManager:
         """Return the loaded models of a composed configuration: those of one precision, numerics and device."""

@@ -7,32 +7,44 @@ import socket
 from collections.abc import Iterator
 from urllib.parse import SplitResult, urlsplit
 
+from proteus_pipeline.errors import ConfigError
 from proteus_pipeline.models.mirrors import MIRROR
 from proteus_pipeline.registry.weights import dvc_configurations
 from proteus_pipeline.stages.diagnosis import FAIL, OK, WARN, Check, Here, Look
+from proteus_pipeline.stores.redis_url import VARIABLE, given_url, parse_url
 
 _PATIENCE_S = 3.0
-_PORTS = {"redis": 6379, "rediss": 6379, "http": 80, "https": 443}
+_PORTS = {"http": 80, "https": 443}
 
 
-def _redis(_: Here) -> Iterator[Check]:
-    yield from _address("redis", "PROTEUS_REDIS_URL", ("redis", "rediss"), "redis://HOST:PORT/0")
+def _redis(here: Here) -> Iterator[Check]:
+    """Ask the server as a run would: with the password, and by TLS where the URL says so."""
+    from proteus_pipeline.stores.redis import RedisClient
+
+    setting = here.composition.settings.cache.redis if here.is_project else None
+    url = given_url(setting)
+    if url is None:
+        return
+    said_by = "cache.redis" if setting else VARIABLE
+    try:
+        place, client = parse_url(url), RedisClient(url)
+    except ConfigError as error:
+        yield Check("redis", FAIL, f"{said_by}: {error.what}", error.remedy)
+        return
+    if client.answers:
+        yield Check("redis", OK, f"{said_by}: {place} answers")
+    else:
+        what = f"{said_by}: {place} does not answer, or refuses us; runs go on without it, slower"
+        yield Check("redis", WARN, what, f"start it, or correct {said_by}: host, port, user, password, TLS")
 
 
 def _mirror(_: Here) -> Iterator[Check]:
-    yield from _address("mirror", MIRROR, ("http", "https"), "https://HOST/PATH")
-
-
-def _address(name: str, variable: str, schemes: tuple[str, ...], form: str) -> Iterator[Check]:
-    """Check that a variable is a URL, and that something listens there."""
-    text = os.environ.get(variable)
-    if not text:
-        return
-    url = _parsed(text)
-    if url is None or url.scheme not in schemes:
-        yield Check(name, FAIL, f"{variable} is no URL of {' or '.join(schemes)}", f"write it as {form}")
-    else:
-        yield _reached(name, f"{variable}: {_public(url)}", url, variable)
+    text = os.environ.get(MIRROR)
+    url = _parsed(text) if text else None
+    if text and (url is None or url.scheme not in _PORTS):
+        yield Check("mirror", FAIL, f"{MIRROR} is no URL of http or https", "write it as https://HOST/PATH")
+    elif url is not None:
+        yield _reached("mirror", f"{MIRROR}: {_public(url)}", url, MIRROR)
 
 
 def _s3(here: Here) -> Iterator[Check]:
@@ -51,7 +63,7 @@ def _s3(here: Here) -> Iterator[Check]:
                     endpoints.setdefault(f"endpointurl of {section.strip(chr(39))}", found)
     for said_by, endpoint in endpoints.items():
         address = _parsed(endpoint)
-        if address is None or address.scheme not in {"http", "https"}:
+        if address is None or address.scheme not in _PORTS:
             yield Check("s3", FAIL, f"{said_by} is no URL", "write it as https://HOST:PORT")
         else:
             yield _reached("s3", f"{said_by}: {_public(address)}", address, said_by)

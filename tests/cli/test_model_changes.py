@@ -156,7 +156,9 @@ def test_verify_exits_3_or_4_and_repair_mends(two: Run, repository: Path, tmp_pa
     assert (code, out.startswith("m@v1.0.0 is on DVC remote hub: 9 objects sent; its tag: git push origin m@v1.0.0")) == (
         0, True
     )  # fmt: skip
-    assert json.loads(two("push", "m@v1.0.0", "--json")[1]) == {"reference": "m@v1.0.0", "remote": "hub", "sent": 0}
+    assert json.loads(two("push", "m@v1.0.0", "--json")[1]) == {
+        "reference": "m@v1.0.0", "remote": "hub", "sent": 0, "tags": []
+    }  # fmt: skip
     assert two("push", "m@v1.0.0", "-r", "nowhere")[0] == 1
     files = ModelVersionManager(repository).get_version("m", "1.0.0").files
     flip(files["model-layer-0.safetensors"])

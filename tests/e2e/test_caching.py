@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from clone import Clone
+from redis_server import RedisServer, redis_server
 
 from proteus_pipeline.cli.main import main
 from proteus_pipeline.models.device import device_class
@@ -298,3 +300,58 @@ def test_a_shared_cache_is_read_and_not_written(clone: Clone):
     assert (done["hits"], done["computed"]) == (10, 0)
     assert embed(shared, "embedding.layer=3")["computed"] == 10
     assert sorted(p.name for p in (clone.root.parent / "group").rglob("*")) == before
+
+
+@pytest.fixture(scope="module")
+def hot(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    with redis_server(tmp_path_factory.mktemp("redis"), ["--requirepass", "hunter2"]) as server:
+        yield server
+
+
+def test_what_one_machine_embedded_another_one_has_from_redis(
+    clone: Clone, hot: RedisServer, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("PROTEUS_REDIS_URL", hot.url.replace("//", "//:hunter2@"))
+    monkeypatch.setenv("PROTEUS_REDIS_SECRET", "a secret of this lab")
+    theirs, mine = "cache.path=../theirs", "cache.path=../mine"
+    assert embed(theirs)["computed"] == 10
+    done = embed(mine, "-o", "mine.npz")
+    assert (done["hits"], done["from_redis"], done["computed"]) == (10, 10, 0)
+    said("embed", "data/demo100.fasta", theirs, "-o", "theirs.npz")
+    with np.load("mine.npz") as one, np.load("theirs.npz") as two:
+        assert all(np.array_equal(one[name], two[name]) for name in two.files) and len(two.files) == 10
+    assert "10 of 10 equal bit for bit" in said("cache", "audit", "data/demo100.fasta", mine, "--sample", "10")[0]
+    stats = cache("stats", mine)
+    assert (stats["redis_hits"], stats["redis_rejected"], stats["hits"]) == (10, 0, 10)
+    assert "10 of the hits from Redis, 0 values there rejected" in said("cache", "stats", mine)[0]
+    assert "10 hits (10 from Redis)" in said("embed", "data/demo100.fasta", "cache.path=../third")[0]
+    # Another lab's secret: everything there is refused, and computed.
+    monkeypatch.setenv("PROTEUS_REDIS_SECRET", "a secret of another lab")
+    assert embed("cache.path=../fourth")["computed"] == 10
+    assert cache("stats", "cache.path=../fourth")["redis_rejected"] == 10
+    for name in ("theirs", "mine", "third", "fourth"):
+        shutil.rmtree(clone.root.parent / name)
+
+
+def test_no_password_of_redis_is_kept_or_shown(clone: Clone, hot: RedisServer, monkeypatch: pytest.MonkeyPatch):
+    url = hot.url.replace("//", "//ada:hunter2@")
+    kept = "cache.redis holds a password, which git would keep; give the URL by PROTEUS_REDIS_URL"
+    for command in (("embed", "data/demo100.fasta"), ("cache", "stats"), ("run",)):
+        printed, complained = said(*command, f"cache.redis={url}", code=2)
+        assert kept in complained
+        assert "hunter2" not in printed + complained
+    assert "hunter2" not in (clone.root / "params.yaml").read_text()
+    complained = said("cache", "stats", "cache.redis=http://ada:hunter2@x", code=2)[1]
+    assert "cache.redis: the URL of Redis is none that begins with redis:// or rediss://; write" in complained
+    monkeypatch.setenv("PROTEUS_REDIS_URL", "redis://ada:hun#ter2@x")
+    complained = said("cache", "stats", code=2)[1]
+    assert complained.startswith("proteus: PROTEUS_REDIS_URL: the URL of Redis can't be read; write")
+    assert complained.count("\n") == 1
+
+
+def test_a_redis_that_is_not_there_costs_a_warning(clone: Clone, caplog: pytest.LogCaptureFixture):
+    done = embed("cache.redis=redis://127.0.0.1:1/0", "embedding.layer=3")
+    assert (done["computed"], done["from_redis"]) == (10, 0)
+    assert [r.getMessage() for r in caplog.records if "Redis" in r.getMessage()] == [
+        "Redis at redis://127.0.0.1:1/0 can't be reached: going on without it, slower and with the same results"
+    ]

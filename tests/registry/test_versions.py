@@ -26,15 +26,18 @@ def other() -> Checkpoint:
     return make_checkpoint(seed=1)
 
 
-@pytest.fixture
-def manager(repository: Path) -> ModelVersionManager:
+@pytest.fixture(params=["a repository of one's own", "a group's clone"])
+def manager(request: pytest.FixtureRequest, repository: Path) -> ModelVersionManager:
+    """Either manager: what is tested here holds for both."""
+    if request.param == "a group's clone":
+        return request.getfixturevalue("group").clone(repository)
     return ModelVersionManager(repository)
 
 
 def state(root: Path) -> dict[str, Any]:
     """Everything of a repository that a registration leaves alone."""
-    # The registry's own: .proteus/ keeps itself out of git, and git's folder holds the lock of registry changes.
-    own = {".git", "cache", ".proteus"}
+    # The registry's own: .proteus/ keeps itself out of git, and git's folder holds the lock of registry changes. DVC's: tmp.
+    own = {".git", "cache", ".proteus", "tmp"}
     files = [p for p in root.rglob("*") if p.is_file() and not own & set(p.relative_to(root).parts)]
     return {
         "head": git(root, "rev-parse", "HEAD"),

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from processes import Server, free_port
+from daemons import Server, free_port
 
 
 class RedisServer(Server):

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from processes import Server, free_port
+from daemons import Server, free_port
 
 ACCESS_KEY, SECRET_KEY, BUCKET = "proteus", "proteus-secret", "proteus"
 

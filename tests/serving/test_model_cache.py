@@ -422,11 +422,6 @@ def test_what_is_no_configuration_is_refused(cache: ModelCacheManager, config: o
         cache.update_cache_config(config)  # type: ignore[arg-type]
 
 
-def test_what_is_not_built_is_said(registry: ModelVersionManager):
-    with pytest.raises(ConfigError, match="distributed=True: models can't be invalidated on other machines yet"):
-        ModelCacheManager(distributed=True, version_manager=registry)
-
-
 @pytest.mark.parametrize("wrong", ["m", 3, None])
 def test_cache_model_takes_models(cache: ModelCacheManager, wrong: object):
     with pytest.raises(ConfigError, match=r"is (a name, not a model|no model)"):

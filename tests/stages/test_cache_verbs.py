@@ -172,7 +172,7 @@ def test_an_import_says_what_it_skipped(tmp_path: Path, cache: EmbeddingCache):
 
 
 def settings(path: str = ".proteus/cache", shared: str | None = None) -> Any:
-    return SimpleNamespace(path=path, shared=shared)
+    return SimpleNamespace(path=path, shared=shared, redis=None)
 
 
 def test_a_file_in_the_caches_place_is_named_with_its_key(tmp_path: Path):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, git
 from layouts import write_official
+from redis_server import redis_server
 
 from proteus_pipeline import ModelInterface, ModelVersionManager
 from proteus_pipeline.cli.main import main
@@ -261,12 +262,6 @@ SECRET = "hunter2"
 @pytest.mark.parametrize(
     ("name", "variable", "form", "public"),
     [
-        (
-            "redis",
-            "PROTEUS_REDIS_URL",
-            "redis://me:{secret}@127.0.0.1:{port}/0?password={secret}",
-            "redis://127.0.0.1:{port}",
-        ),
         ("mirror", "PROTEUS_FAIR_ESM_URL", "http://me:{secret}@127.0.0.1:{port}/a/{secret}", "http://127.0.0.1:{port}"),
         ("s3", "AWS_ENDPOINT_URL", "http://me:{secret}@127.0.0.1:{port}", "http://127.0.0.1:{port}"),
     ],
@@ -285,6 +280,22 @@ def test_services(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, va
         monkeypatch.setenv(variable, bad)
         (check,) = looked(name)
         assert check.status == "fail" and SECRET not in check.what + check.remedy
+
+
+def test_redis(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """A server with a password: only who has it is answered, and nobody is shown it."""
+    monkeypatch.chdir(tmp_path)
+    with redis_server(tmp_path / "redis", ["--requirepass", SECRET]) as server:
+        url = f"redis://:{SECRET}@127.0.0.1:{server.port}/0"
+        monkeypatch.setenv("PROTEUS_REDIS_URL", url)
+        (check,) = looked("redis")
+        assert check == Check("redis", "ok", f"PROTEUS_REDIS_URL: redis://127.0.0.1:{server.port}/0 answers")
+        monkeypatch.setenv("PROTEUS_REDIS_URL", url.replace(SECRET, f"not{SECRET}"))
+        assert "does not answer, or refuses us" in wrong("redis") and SECRET not in wrong("redis")
+    monkeypatch.setenv("PROTEUS_REDIS_URL", url)
+    assert "does not answer, or refuses us" in wrong("redis") and SECRET not in wrong("redis")
+    monkeypatch.setenv("PROTEUS_REDIS_URL", f"http://:{SECRET}@127.0.0.1")
+    assert wrong("redis").startswith("fail PROTEUS_REDIS_URL: the URL of Redis") and SECRET not in wrong("redis")
 
 
 def test_a_bucket(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

@@ -60,6 +60,22 @@ def test_a_files_name_does_no_harm(folder: Path, fasta: Path, tmp_path: Path, na
     assert inside.parent == (folder / "data").resolve() and inside.read_bytes() == fasta.read_bytes()
 
 
+def test_a_users_own_gitignore_leaves_nothing_out(folder: Path, fasta: Path):
+    git(fasta.parent, "config", "--global", "core.excludesFile", str(fasta.parent / "excluded"))
+    (fasta.parent / "excluded").write_text("*.fa\n*.lock\nconf\ndata/\n")
+    made = create(folder, fasta=fasta)
+    tracked = set(git(folder, "ls-files").splitlines())
+    assert {made.fasta, "models.lock", "conf/config.yaml", "conf/data/mine.yaml"} <= tracked
+
+
+def test_a_pipe_is_no_file_to_copy(folder: Path, tmp_path: Path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(SequenceError, match="pipe is no regular file; write it to a file first"):
+        create(folder, fasta=tmp_path / "pipe")
+    with pytest.raises(SequenceError, match="/dev/zero is no regular file"):
+        create(folder, fasta=Path("/dev/zero"))
+
+
 def test_a_large_file_is_left_to_dvc(folder: Path, fasta: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(new_project, "_LARGEST_IN_GIT", 10)
     made = create(folder, fasta=fasta)
