@@ -40,6 +40,7 @@ def _run(args: argparse.Namespace) -> int:
     from proteus_pipeline.embeddings.shards import Part
     from proteus_pipeline.stages.adhoc import embed_file
     from proteus_pipeline.stages.embed import summary
+    from proteus_pipeline.stages.notes import quiet
     from proteus_pipeline.stages.project import Project
 
     part = Part.parse(args.shard) if args.shard is not None else None
@@ -49,6 +50,6 @@ def _run(args: argparse.Namespace) -> int:
         import json
 
         print(json.dumps(summary(outcome)))
-    else:
+    elif not quiet():
         print(told(outcome) + (f", written to {args.output}" if args.output else ""))
     return 0

@@ -3,30 +3,39 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from importlib import import_module
 
+from proteus_pipeline.cli.examples import epilog
+from proteus_pipeline.cli.terminal import painted
 from proteus_pipeline.cli.verbs import fitted
 from proteus_pipeline.errors import ProteusError
 
 TYPE_CHECKING = False  # typing takes 5 ms to import, a tenth of what a quick command may take
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
 _EPILOG = """\
 examples:
+  proteus init mine --fasta my.fasta              a project of your own; then: cd mine; proteus run
   proteus run                                     run the pipeline; what is known is not computed again
   proteus run embedding.layer=4 probe.folds=10    with other choices, which params.yaml then holds
   proteus embed my.fasta -o my.npz                embeddings of a file of your own
   proteus model list                              versions of the models
   proteus verify                                  check a committed result, in a fresh clone
   proteus monitor                                 how all of that is used, as Prometheus text
+  proteus doctor                                  what is missing or inconsistent here, and the remedy
+
+Each verb has examples of its own: proteus VERB --help.
 
 exit codes: 0 ok, 1 error, 2 usage, 3 drift or stale, 4 integrity, 5 conflict
 """
 
 
-_VERBS = ("run", "embed", "model", "cache", "verify", "monitor", "stage")
+_VERBS = ("init", "run", "embed", "model", "cache", "verify", "monitor", "doctor", "completion", "stage")
+# How much is said: for this process, and those that DVC starts for the stages (stages/notes.py has the first).
+_QUIET, _VERBOSE = "PROTEUS_QUIET", "PROTEUS_VERBOSE"
 
 
 def parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
@@ -41,7 +50,7 @@ def parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
         formatter_class=fitted(argparse.RawDescriptionHelpFormatter),
     )
     top.add_argument("--version", dest="print_version", action="store_true", help="print the version and exit")
-    top.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    _add_common(top, default=False)
     verbs = top.add_subparsers(dest="verb", metavar="VERB", prog="proteus")  # prog: else help is laid out to find it
     only, below = (*[word for word in words if not word.startswith("-")], "", "")[:2]
     for name in (only,) if only in _VERBS else _VERBS:
@@ -50,12 +59,71 @@ def parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
             module.add_to(verbs, below)
         else:
             module.add_to(verbs)
+    for verb, leaf in leaves(top):
+        _add_common(leaf, default=argparse.SUPPRESS)
+        examples = epilog(verb)
+        leaf.epilog = "\n\n".join(filter(None, [examples, leaf.epilog]))
+        leaf.formatter_class = fitted(argparse.RawDescriptionHelpFormatter)
     return top
+
+
+def leaves(parser: argparse.ArgumentParser, prefix: str = "") -> Iterator[tuple[str, argparse.ArgumentParser]]:
+    """Yield every verb that does something, as it is written, and its parser."""
+    for action in parser._actions:  # noqa: SLF001 - argparse has no public way to its parsers
+        if isinstance(action, argparse._SubParsersAction):  # noqa: SLF001
+            for name, below in action.choices.items():
+                yield from leaves(below, f"{prefix} {name}".strip())
+            return
+    if prefix:
+        yield prefix, parser
+
+
+def _add_common(parser: argparse.ArgumentParser, *, default: object) -> None:
+    """Add what may stand before a verb or after it; after it, no default may undo what stood before."""
+    for words, text in (
+        (("-q", "--quiet"), "no progress and no notes; results and errors stay"),
+        (("-v", "--verbose"), "say what is done besides: each git command"),
+        (("--debug",), "show the traceback of an error"),
+    ):
+        parser.add_argument(*words, action="store_true", default=default, help=text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return its exit code."""
-    words = sys.argv[1:] if argv is None else list(argv)
+    debug = False
+    try:
+        args = _parsed(sys.argv[1:] if argv is None else list(argv))
+        debug = args.debug
+        code = _run(args)
+        sys.stdout.flush()
+    except ProteusError as error:
+        if debug:
+            raise
+        _complain(" ".join(str(error).split()))
+        return error.exit_code
+    except KeyboardInterrupt:
+        _complain("interrupted; what was finished is kept, run it again to go on")
+        return 130
+    except BrokenPipeError:
+        # The reader of a pipe (head) has gone: nothing is wrong here, and nobody is left to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        if debug:
+            raise
+        name = f"{error.filename}: " if error.filename else ""
+        _complain(f"{name}{error.strerror or error}; --debug shows where")
+        return 1
+    return code
+
+
+def _parsed(words: list[str]) -> argparse.Namespace:
+    """Return what a command line says; ends the process where that is wrong, as argparse does."""
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks how its line may go on
+        from proteus_pipeline.cli.completion import complete
+
+        top = parser()
+        complete(top, leaves(top))
     top = parser(words)
     args, rest = top.parse_known_args(words)
     # argparse takes positionals in one run only: overrides after an option (-o OUT KEY=VALUE) are left over.
@@ -65,37 +133,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest and taking is not None:
         taking += rest
     if args.print_version:
-        from importlib.metadata import version
+        args.run = _version
+    elif not hasattr(args, "run"):
+        args.run = lambda _: _help(top)
+    return args
 
-        print(f"proteus {version('proteus_pipeline')}")
-        return 0
-    if not hasattr(args, "run"):
-        top.print_help()
-        return 2
-    try:
-        code = _run(args)
-        sys.stdout.flush()
-    except ProteusError as error:
-        if args.debug:
-            raise
-        print(f"proteus: {' '.join(str(error).split())}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("proteus: interrupted; what was finished is kept, run it again to go on", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        # The reader of a pipe (head) has gone: nothing is wrong here, and nobody is left to tell.
-        import os
 
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except OSError as error:
-        if args.debug:
-            raise
-        name = f" {error.filename}" if error.filename else ""
-        print(f"proteus:{name}: {error.strerror or error}; --debug shows where", file=sys.stderr)
-        return 1
-    return code
+def _help(top: argparse.ArgumentParser) -> int:
+    top.print_help()
+    return 2
+
+
+def _version(_: argparse.Namespace) -> int:
+    from importlib.metadata import version
+
+    print(f"proteus {version('proteus_pipeline')}")
+    return 0
+
+
+def _complain(text: str) -> None:
+    print(f"{painted('proteus:', 'red', sys.stderr)} {text}", file=sys.stderr)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -104,8 +161,7 @@ def _run(args: argparse.Namespace) -> int:
 
     code: int
     root = None if getattr(args, "quick", False) else project_root()
-    if not getattr(args, "quick", False):
-        _prepare()
+    _prepare(args)
     if root is None:
         code = args.run(args)
         return code
@@ -124,12 +180,21 @@ def _run(args: argparse.Namespace) -> int:
     return code
 
 
-def _prepare() -> None:
+def _prepare(args: argparse.Namespace) -> None:
     """Set up what a command that may work for long needs."""
+    if args.quiet:
+        os.environ[_QUIET] = "1"
+    if getattr(args, "quick", False) and not args.verbose:
+        return
     import logging
     import signal
 
-    logging.basicConfig(format="warning: %(message)s", level=logging.WARNING)
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    logging.addLevelName(logging.WARNING, "warning")
+    logging.addLevelName(logging.DEBUG, "debug")
+    if args.verbose or os.environ.get(_VERBOSE):
+        os.environ[_VERBOSE] = "1"
+        logging.getLogger("proteus_pipeline").setLevel(logging.DEBUG)
     # A cluster's or a container's stop is an interruption too: what is finished is published before the end.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 

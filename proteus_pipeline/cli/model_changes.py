@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from proteus_pipeline.cli.verbs import add_verb, facts, plain, print_json, registry, tell
 from proteus_pipeline.errors import ConfigError
+from proteus_pipeline.stages.notes import note
 
 if TYPE_CHECKING:
     from proteus_pipeline.registry.retirement import Deletion
@@ -76,7 +77,7 @@ def add_to(these: Any) -> None:
         verb.add_argument("reference", metavar="REF", help="the version, such as NAME@v1.2.3")
     for verb in (rollback, delete, restore, adopt, prune):
         _add_reason(verb)
-    for verb in (rollback, delete, restore, prune):
+    for verb in (rollback, delete, restore, prune, lock):
         verb.add_argument("--dry-run", action="store_true", help="only say what would be done")
     for verb in (delete, prune):
         verb.add_argument("--no-backup", action="store_true", help="make no backup: the weights are gone for good")
@@ -111,7 +112,7 @@ def _register(args: argparse.Namespace) -> int:
         if version.record and version.record.compatibility.get("reasons"):
             print(f"  {'; '.join(version.record.compatibility['reasons'])}")
         if version.record and version.record.author["fallback"]:
-            print("note: git has no user.name here, so the tag is by proteus@localhost", file=sys.stderr)
+            note("git has no user.name here, so the tag is by proteus@localhost")
     return 0
 
 
@@ -298,13 +299,14 @@ def _lock(args: argparse.Namespace) -> int:
 
     project = Project.find()
     composition = compose(project.work, read_params(project.work / PARAMS))
-    changed = update_lock(project, composition, refresh=args.update)
+    changed = update_lock(project, composition, refresh=args.update, dry_run=args.dry_run)
     if args.json:
         print_json({reference: plain(entry) for reference, entry in changed.items()})
         return 0
     for reference, entry in changed.items():
-        print(f"{reference} is v{entry.version}")
-    print("models.lock is written; commit it" if changed else "models.lock is up to date")
+        print(f"{reference} {'would be' if args.dry_run else 'is'} v{entry.version}")
+    written = "models.lock is as it was" if args.dry_run else "models.lock is written; commit it"
+    print(written if changed else "models.lock is up to date")
     return 0
 
 

@@ -7,6 +7,8 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+from proteus_pipeline.stages.notes import quiet
+
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
     from rich.progress import TaskID
@@ -28,7 +30,7 @@ class EmbeddingProgress:
     def start(self, total: int, hits: int, tokens: int, peak: float) -> None:
         self._todo, self._all_tokens, self._peak = total - hits, tokens, peak
         self._began = self._said = time.perf_counter()
-        if not self._todo:
+        if not self._todo or quiet():
             return
         if sys.stderr.isatty():
             self._start_bar(hits)
@@ -43,6 +45,8 @@ class EmbeddingProgress:
         seconds = max(now - self._began, 1e-9)
         rate = self._tokens / seconds
         share = f", {self._flops / seconds / self._peak:.0%} of this machine's matrix products" if self._peak else ""
+        if quiet():
+            return
         if self._bar is not None and self._task is not None:
             told = f"{self._done}/{self._todo} sequences, {rate:,.0f} tokens/s{share}"
             self._bar.update(self._task, advance=tokens, told=told)
@@ -88,7 +92,7 @@ class DownloadProgress:
 
     def __call__(self, done: int, total: int | None) -> None:
         tenth = int(10 * done / total) if total else done // (64 << 20)
-        if tenth != self._tenth:
+        if tenth != self._tenth and not quiet():
             self._tenth = tenth
             of = f" of {total / 1e6:,.0f}" if total else ""
             print(f"{self._label}: {done / 1e6:,.0f}{of} MB", file=sys.stderr, flush=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -28,19 +27,20 @@ def add_to(verbs: Any) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     from proteus_pipeline.cli.progress import DownloadProgress
+    from proteus_pipeline.stages.notes import note, quiet
     from proteus_pipeline.stages.pipeline import run_pipeline
     from proteus_pipeline.stages.project import RUN, Project, commit_of
 
     project = Project.find()
     if commit_of(project.home)["dirty"]:
-        print(f"note: tracked files differ from HEAD; {RUN} will say so", file=sys.stderr)
+        note(f"tracked files differ from HEAD; {RUN} will say so")
     progress = DownloadProgress("fetching weights")
     summary = run_pipeline(project, args.overrides, progress, locked=args.locked, update=args.update, force=args.force)
     if args.json:
         import json
 
         print(json.dumps({"stages": summary.stages, "seconds": summary.seconds}, indent=1, sort_keys=True))
-    else:
+    elif not quiet():
         print(_table(summary, project.work.name))
     return 0
 

@@ -13,13 +13,18 @@ NAMES = ("compose", "prepare", "embed", "probe", "compare", "report")
 
 
 def add_to(verbs: Any) -> None:
-    this = verbs.add_parser("stage", help="run one stage of the pipeline; dvc.yaml calls this")
+    this = verbs.add_parser(
+        "stage",
+        help="run one stage of the pipeline; dvc.yaml calls this",
+        description="Run one stage of the pipeline here, on what the stages before it wrote; dvc.yaml calls this.",
+    )
     this.add_argument("name", choices=NAMES, help="the stage, as dvc.yaml calls it")
     this.set_defaults(run=_run)
 
 
 def _run(args: argparse.Namespace) -> int:
     from proteus_pipeline.cli.progress import DownloadProgress, EmbeddingProgress
+    from proteus_pipeline.stages.notes import quiet
     from proteus_pipeline.stages.project import Project
 
     module = importlib.import_module(f"proteus_pipeline.stages.{args.name}")
@@ -29,7 +34,7 @@ def _run(args: argparse.Namespace) -> int:
     elif args.name in {"embed", "compare"}:
         with EmbeddingProgress(args.name) as progress:
             outcome = module.run(project, progress)
-        if outcome is not None:
+        if outcome is not None and not quiet():
             print(told(outcome))
     else:
         module.run(project)

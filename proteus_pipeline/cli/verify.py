@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +15,6 @@ a sample of them past the cache, and compare with the manifest; where the sample
 On the device class that the manifest names, bits must agree; on another one, embeddings within a tolerance that is printed.
 """
 _EPILOG = """\
-examples:
-  proteus verify                            the embed stage's result, results/embeddings.json
-  proteus verify results/candidate.json     the compare stage's
-  proteus verify --sample 20                for large models: 20 sequences, drawn anew each time
-  proteus verify --sample 20 --seed 7       those that somebody else drew
-
 exit codes: 0 everything agrees, 3 something differs, 4 a file or weights are damaged, 1 and 2 as everywhere
 """
 _SHOWN = 20
@@ -55,12 +48,13 @@ def _count(text: str) -> int:
 def _run(args: argparse.Namespace) -> int:
     from proteus_pipeline.cli.progress import DownloadProgress, EmbeddingProgress
     from proteus_pipeline.cli.verbs import plain, print_json
+    from proteus_pipeline.stages.notes import note
     from proteus_pipeline.stages.project import Project, commit_of
     from proteus_pipeline.stages.verifying import verify
 
     project = Project.find()
     if commit_of(project.home)["dirty"]:
-        print("note: tracked files differ from HEAD; what is checked is the working tree", file=sys.stderr)
+        note("tracked files differ from HEAD; what is checked is the working tree")
     with EmbeddingProgress("verify") as progress:
         done = verify(
             project,

@@ -6,8 +6,10 @@ start faster than any binding imports.
 
 from __future__ import annotations
 
+import logging
 import re
 import secrets
+import shlex
 import subprocess
 import threading
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,6 +24,7 @@ FALLBACK_NAME = "proteus"
 FALLBACK_EMAIL = "proteus@localhost"
 # A user and password in a remote's address.
 _SECRET = re.compile(r"://[^/\s]*@")
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,7 @@ class Git:
         self, *args: str, data: bytes | None = None, env: dict[str, str] | None = None, timeout_s: float | None = None
     ) -> bytes:
         """Run ``git ARGS`` and return the bytes it prints."""
+        _log.debug("git -C %s %s", self.root, _SECRET.sub("://", shlex.join(args)))
         try:
             done = subprocess.run(
                 ["git", "-C", str(self.root), *args],

@@ -9,7 +9,7 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -21,11 +21,11 @@ from proteus_pipeline.stores.files import storage_error, write_atomic
 _YOUNG_S = 5.0
 # Making a home takes some git commands, a second.
 _UNFINISHED_S = 600.0
-_DVC_CONFIG = """\
-[core]
-    analytics = false
-    check_update = false
-"""
+# What makes a git repository DVC's too, as `dvc init` does, which takes a second.
+DVC_FILES = {
+    ".dvc/config": "[core]\n    analytics = false\n    check_update = false\n",
+    ".dvc/.gitignore": "/config.local\n/tmp\n/cache\n",
+}
 
 
 def find_home(path: Path) -> Git | None:
@@ -58,11 +58,11 @@ def open_home(path: Path) -> Git:
     """
     if found := find_home(path):
         return found
-    _sweep_unfinished(path)
+    sweep_unfinished(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # Made beside its place and renamed: a home is whole or absent, and of two that are made at once one stays.
-        made = path.with_name(f".{path.name}-{secrets.token_hex(8)}")
+        made = unfinished(path)
         made.mkdir()
         try:
             _make_home(Git(made))
@@ -79,8 +79,13 @@ def open_home(path: Path) -> Git:
     return Git.find(path)
 
 
-def _sweep_unfinished(path: Path) -> None:
-    """Remove homes that killed processes left half made."""
+def unfinished(path: Path) -> Path:
+    """Return a name beside `path` for it to be made under; `sweep_unfinished` knows it."""
+    return path.with_name(f".{path.name}-{secrets.token_hex(8)}")
+
+
+def sweep_unfinished(path: Path) -> None:
+    """Remove what killed processes left half made beside `path`."""
     for made in path.parent.glob(f".{path.name}-{'[0-9a-f]' * 16}"):
         with suppress(OSError):
             if time.time() - made.stat().st_mtime > _UNFINISHED_S:
@@ -89,17 +94,17 @@ def _sweep_unfinished(path: Path) -> None:
 
 def _make_home(git: Git) -> None:
     git.run("init", "--quiet")
-    files = {
-        ".dvc/config": _DVC_CONFIG,
-        ".dvc/.gitignore": "/config.local\n/tmp\n/cache\n",
-        ".dvcignore": ".proteus\n",
-        ".gitignore": "/.proteus/\n",
-    }
+    files = DVC_FILES | {".dvcignore": ".proteus\n", ".gitignore": "/.proteus/\n"}
     for name, text in files.items():
         write_atomic(git.root / name, text.encode())
-    git.run("add", *files)
+    commit_first(git, files, "A home for model versions")
+
+
+def commit_first(git: Git, names: Iterable[str], message: str) -> None:
+    """Commit files of a new repository, also those that somebody's own core.excludesFile would leave out."""
+    git.run("add", "--force", "--", *names)
     # Not by git commit, which hooks and the signing of a user's own settings may refuse.
-    commit = git.run("commit-tree", git.run("write-tree"), data="A home for model versions\n", env=git.identity_env())
+    commit = git.run("commit-tree", git.run("write-tree"), data=f"{message}\n", env=git.identity_env())
     git.run("update-ref", "HEAD", commit)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from proteus_pipeline.sequences.fasta import Record, shown
 from proteus_pipeline.stages.adhoc import composed_of
 from proteus_pipeline.stages.compose import check_cache_folders, extent, recipe_of
 from proteus_pipeline.stages.embed import embed_records
+from proteus_pipeline.stages.notes import note
 from proteus_pipeline.stages.project import CANDIDATE, COMPOSED, MANIFEST, Project
 from proteus_pipeline.stores.files import storage_error
 from proteus_pipeline.stores.places import check_location, scheme_of
@@ -277,7 +277,7 @@ def collect(project: Project, cache: EmbeddingCache, grace_days: float, *, dry_r
             trunks = _reachable(project)
         except ProteusError as error:
             text = " ".join(str(error).split())
-            print(f"note: no weights count as unreachable, since some can't be told: {text}", file=sys.stderr)
+            note(f"no weights count as unreachable, since some can't be told: {text}")
     return cache.gc(trunks=trunks, grace_seconds=grace_days * 86400, dry_run=dry_run)
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,8 +31,9 @@ from proteus_pipeline.registry.provision import provide
 from proteus_pipeline.sequences.fasta import shown
 from proteus_pipeline.sequences.rules import Rules
 from proteus_pipeline.serving.settings import check_number
+from proteus_pipeline.stages.notes import note
 from proteus_pipeline.stages.probing import ProbeSettings
-from proteus_pipeline.stages.project import CANDIDATE, COMPOSED, MANIFEST, Project
+from proteus_pipeline.stages.project import CANDIDATE, COMPOSED, MANIFEST, Project, installed
 from proteus_pipeline.stores.files import storage_error, write_atomic
 from proteus_pipeline.stores.places import check_location, scheme_of
 from proteus_pipeline.stores.redis_url import VARIABLE, given_url, parse_url
@@ -84,7 +84,7 @@ def _drop_hollow_manifests(project: Project, composed: dict[str, Any]) -> None:
         if missing:
             few = ", ".join(map(shown, missing[:_FEW])) + (", ..." if len(missing) > _FEW else "")
             text = f"{len(missing)} embeddings of {name} are not in {cache.path}; its stage runs: {few}"
-            print(f"note: {text}", file=sys.stderr)
+            note(text)
             (project.work / name).unlink()
 
 
@@ -125,6 +125,7 @@ def resolve_stages(
     }
     return {
         "schema": SCHEMA,
+        "proteus_version": installed("proteus_pipeline"),
         "engine_revision": ENGINE_REVISION,
         "stages": stages,
         "data": dataclasses.asdict(settings.data),

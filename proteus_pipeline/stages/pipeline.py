@@ -23,6 +23,7 @@ from proteus_pipeline.registry.events import greatest
 from proteus_pipeline.registry.lock import Locked, read_lock, write_lock
 from proteus_pipeline.registry.provision import provide
 from proteus_pipeline.stages.compose import LOCK, resolve
+from proteus_pipeline.stages.notes import quiet
 from proteus_pipeline.stages.project import CANDIDATE, COUNTS, MANIFEST, Project
 from proteus_pipeline.stores.files import write_atomic
 
@@ -96,7 +97,8 @@ def _entries(path: Path) -> tuple[Embedded, ...]:
 
 
 def _reproduce(project: Project, *, force: bool) -> None:
-    command = [sys.executable, "-m", "dvc", "repro", *(["--force"] if force else [])]
+    options = [*(["--force"] if force else []), *(["--quiet"] if quiet() else [])]
+    command = [sys.executable, "-m", "dvc", "repro", *options]
     # The stages call `proteus`: the one beside this interpreter, also where no environment is activated.
     path = os.pathsep.join((os.path.dirname(sys.executable), os.environ.get("PATH", "")))  # noqa: PTH120
     with subprocess.Popen(command, cwd=project.work, env=os.environ | {"PATH": path}) as child:
@@ -143,7 +145,9 @@ def floating_references(composition: Composition) -> list[str]:
     return sorted({str(r) for r in map(Reference.parse, filter(None, used)) if not r.exact})
 
 
-def update_lock(project: Project, composition: Composition, *, refresh: bool) -> dict[str, Locked]:
+def update_lock(
+    project: Project, composition: Composition, *, refresh: bool, dry_run: bool = False
+) -> dict[str, Locked]:
     """Lock the configuration's floating references; those that are locked stay unless `refresh`. Returns the changes."""
     path = project.work / LOCK
     known = read_lock(path)
@@ -154,7 +158,7 @@ def update_lock(project: Project, composition: Composition, *, refresh: bool) ->
             entry = _meaning(project, reference, known)
             if known.get(reference) != entry:
                 changed[reference] = entry
-    if changed:
+    if changed and not dry_run:
         write_lock(path, known | changed)
     return changed
 

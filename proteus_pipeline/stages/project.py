@@ -169,7 +169,7 @@ class Project:
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
         value["stages"] = value.get("stages", {}) | {stage: facts | {"status": "run", "finished": now}}
         value["commit"] = commit_of(self.home)
-        value["packages"] = {p: version for p in _PACKAGES if (version := _installed(p))}
+        value["packages"] = {p: version for p in _PACKAGES if (version := installed(p))}
         self.write_run_log(value)
 
     def run_log(self) -> dict[str, Any]:
@@ -196,7 +196,8 @@ def commit_of(root: Path) -> dict[str, Any]:
         return {"id": None, "dirty": None}
 
 
-def _installed(package: str) -> str | None:
+def installed(package: str) -> str | None:
+    """Return a package's version, or None where it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -254,6 +254,7 @@ def test_lock_writes_what_floating_references_mean_and_update_moves_them(
     run: Run, project: Path, folders: dict[str, str], tiny: Checkpoint
 ):
     run("register", "m", "--version", "1.0.0", "--weights", folders["tiny"])
+    assert run("lock", "--dry-run")[:2] == (0, "m@1.x would be v1.0.0\nmodels.lock is as it was\n")
     assert run("lock")[:2] == (0, "m@1.x is v1.0.0\nmodels.lock is written; commit it\n")
     text = (project / "models.lock").read_text()
     assert tiny.trunk_digest in text
