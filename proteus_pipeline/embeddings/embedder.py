@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 from proteus_pipeline.embeddings.cache import EmbeddingCache
 from proteus_pipeline.embeddings.computing import Embedded, Job, Progress, spans_of, tokens_of
 from proteus_pipeline.embeddings.deriving import derive, sources
-from proteus_pipeline.embeddings.explaining import counts, explain_missing
+from proteus_pipeline.embeddings.explaining import Miss, counts, explain_missing
 from proteus_pipeline.embeddings.index import Attestation, now
 from proteus_pipeline.embeddings.leases import Lease
 from proteus_pipeline.embeddings.publication import Publication
 from proteus_pipeline.embeddings.recipe import Recipe
+from proteus_pipeline.models.device import on_gpu
 from proteus_pipeline.models.encoder import TOKENS_PER_BATCH
 
 if TYPE_CHECKING:
@@ -39,10 +40,12 @@ class Outcome:
         Tokens computed.
     seconds
         Wall time in all.
-    saved_seconds
-        What the hits took when they were computed.
+    saved_seconds, saved_gpu_seconds
+        What the hits took when they were computed; of that, on a GPU.
     misses
         How many were computed for which reason: `proteus_pipeline.embeddings.explaining.Miss.differs`.
+    explained
+        Why each of them was.
 
     """
 
@@ -56,6 +59,8 @@ class Outcome:
     seconds: float
     saved_seconds: float
     misses: dict[str, int] = field(default_factory=dict)
+    saved_gpu_seconds: float = 0.0
+    explained: tuple[Miss, ...] = ()
 
 
 def embed(
@@ -107,7 +112,7 @@ def embed(
         missing = {key: s for key, s in missing.items() if key not in done}
         theirs: list[Entry] = []
         tokens = sum(tokens_of(spans_of(s, recipe)) for s in missing.values())
-        why = counts(explain_missing(cache, missing, trunk, recipe))
+        why = explain_missing(cache, missing, trunk, recipe)
         if missing:
             job = Job(trunk, recipe, cache, encoder(), attest(), token_budget, lease, progress)
             if progress:
@@ -132,7 +137,9 @@ def embed(
         tokens=tokens,
         seconds=time.perf_counter() - started,
         saved_seconds=sum(e.seconds for e in read),
-        misses=why,
+        misses=counts(why),
+        saved_gpu_seconds=sum(e.seconds for e in read if on_gpu(e.device_class)),
+        explained=tuple(why),
     )
 
 

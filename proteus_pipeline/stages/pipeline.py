@@ -26,7 +26,7 @@ from proteus_pipeline.stages.compose import LOCK, resolve
 from proteus_pipeline.stages.project import CANDIDATE, COUNTS, MANIFEST, Project
 from proteus_pipeline.stores.files import write_atomic
 
-STAGES = ("compose", "prepare", "embed", "probe", "compare", "report")
+STAGES = ("compose", "prepare", "embed", "probe", "compare", "contacts", "report")
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,8 @@ def _standing(project: Project, stage: str) -> dict[str, Any]:
         path = project.work / (MANIFEST if stage == "embed" else CANDIDATE)
         model = project.composed["stages"][stage]["model"]["reference"]
         entries = _entries(path)
-        idle = dict.fromkeys(("hits", "derived", "computed", "tokens"), 0) | {"seconds": 0.0, "saved_seconds": 0.0}
+        idle: dict[str, float] = dict.fromkeys(("hits", "derived", "computed", "tokens"), 0)
+        idle |= dict.fromkeys(("seconds", "saved_seconds", "gpu_seconds", "saved_gpu_seconds"), 0.0)
         return idle | {"model": model, "sequences": len(entries), "unique": len({e.key for e in entries})}
     if stage == "prepare":
         return dict(json.loads((project.work / COUNTS).read_text(encoding="utf-8")))

@@ -34,8 +34,10 @@ PREDICTIONS = "results/predictions.csv"
 MAP = "results/map.csv"
 DRIFT = "results/drift.json"
 DRIFTS = "results/drift.csv"
+CONTACTS = "results/contacts.json"
 REPORT = "results/report.html"
 RUN = "results/run.json"
+RUN_PAGE = "results/run.html"
 _PACKAGES = (
     "proteus_pipeline", "torch", "numpy", "scikit-learn", "zarr", "numcodecs", "xxhash", "hydra-core", "dvc", "gitpython"
 )  # fmt: skip
