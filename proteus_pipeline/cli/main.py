@@ -25,7 +25,7 @@ exit codes: 0 ok, 1 error, 2 usage, 3 drift or stale, 4 integrity, 5 conflict
 """
 
 
-_VERBS = ("run", "embed", "model", "cache", "verify", "stage")
+_VERBS = ("run", "embed", "model", "cache", "verify", "report", "stage")
 
 
 def parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:

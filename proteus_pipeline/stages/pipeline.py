@@ -23,10 +23,9 @@ from proteus_pipeline.registry.events import greatest
 from proteus_pipeline.registry.lock import Locked, read_lock, write_lock
 from proteus_pipeline.registry.provision import provide
 from proteus_pipeline.stages.compose import LOCK, resolve
-from proteus_pipeline.stages.project import CANDIDATE, COUNTS, MANIFEST, Project
+from proteus_pipeline.stages.project import CANDIDATE, COUNTS, MANIFEST, RUN_PAGE, STAGES, Project
+from proteus_pipeline.stages.report import write_page
 from proteus_pipeline.stores.files import write_atomic
-
-STAGES = ("compose", "prepare", "embed", "probe", "compare", "contacts", "report")
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,9 @@ def run_pipeline(
     before = project.run_log().get("stages", {})
     started = time.perf_counter()
     _reproduce(project, force=force)
-    return _summarise(project, before, time.perf_counter() - started)
+    summary = _summarise(project, before, time.perf_counter() - started)
+    write_page(project, project.work / RUN_PAGE)
+    return summary
 
 
 @contextmanager

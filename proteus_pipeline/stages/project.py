@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from proteus_pipeline.registry.versions import ModelVersionManager
     from proteus_pipeline.serving.model_cache import ModelCacheManager
 
+STAGES = ("compose", "prepare", "embed", "probe", "compare", "contacts", "report")
 COMPOSED = "composed.yaml"
 SEQUENCES = "prepared/sequences.fasta"
 LABELS = "prepared/labels.csv"
