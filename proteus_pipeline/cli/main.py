@@ -20,6 +20,7 @@ examples:
   proteus embed my.fasta -o my.npz                embeddings of a file of your own
   proteus model list                              versions of the models
   proteus verify                                  check a committed result, in a fresh clone
+  proteus report --open                           the page of the results, in a browser
 
 exit codes: 0 ok, 1 error, 2 usage, 3 drift or stale, 4 integrity, 5 conflict
 """

