@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -47,5 +48,6 @@ def _run(args: argparse.Namespace) -> int:
     if args.open:
         import webbrowser
 
-        webbrowser.open(target.absolute().as_uri())
+        if not webbrowser.open(target.absolute().as_uri()):
+            print(f"note: no browser was found to show {target}", file=sys.stderr)
     return 0

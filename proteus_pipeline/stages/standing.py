@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from proteus_pipeline.registry.events import Event, History
     from proteus_pipeline.stages.project import Project
 
-# Of a model's events, and of a cache's, so many are shown: the latest.
+# Of a model's events, of a cache's, and of live versions beside those in use, so many are shown: the latest.
 MOST_EVENTS = 50
+MOST_VERSIONS = 30
 MOST_KINDS = 30
 
 
@@ -103,11 +104,12 @@ class VersionRow:
 
 @dataclass(frozen=True)
 class ModelHistory:
-    """A model's live versions in SemVer order, and its latest events, the latest first."""
+    """A model's latest live versions in SemVer order, and its latest events, the latest first; of how many of each."""
 
     name: str
     current: str | None
     versions: Sequence[VersionRow]
+    live: int
     moments: Sequence[Moment]
     events: int
 
@@ -200,7 +202,7 @@ def standing(here: Project) -> Standing:
         packages={str(name): str(version) for name, version in _mapping(log.get("packages")).items()},
         runs=runs,
         models=[_history(h, used[h.name]) for h in histories if h.name in used],
-        others=[(h.name, h.current) for h in histories if h.name not in used and h.live],
+        others=[(h.name, h.current) for h in histories if h.name not in used and h.live][:MOST_KINDS],
         cache=_cache(here, composed),
     )
 
@@ -247,8 +249,9 @@ def _history(history: History, used: Mapping[str, Sequence[str]]) -> ModelHistor
         )
         for e, current in zip(history.events, history.currents, strict=True)
     ]
-    rows = [_version(number, e, history.current, used.get(number, ())) for number, e in history.live.items()]
-    return ModelHistory(history.name, history.current, rows, told[::-1][:MOST_EVENTS], len(told))
+    latest = set(list(history.live)[-MOST_VERSIONS:]) | {history.current, *used}
+    rows = [_version(v, e, history.current, used.get(v, ())) for v, e in history.live.items() if v in latest]
+    return ModelHistory(history.name, history.current, rows, len(history.live), told[::-1][:MOST_EVENTS], len(told))
 
 
 def _version(number: str, event: Event, current: str | None, stages: Sequence[str]) -> VersionRow:

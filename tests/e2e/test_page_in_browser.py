@@ -292,7 +292,7 @@ def hostile_standing() -> standing.Standing:
     row = standing.VersionRow(HOSTILE, True, HOSTILE, HOSTILE, HOSTILE, HOSTILE, None, HOSTILE)
     return standing.Standing(
         HOSTILE, True, HOSTILE, 1.0, {HOSTILE: HOSTILE}, [run],
-        [standing.ModelHistory(HOSTILE, HOSTILE, [row], [moment], 1)], [(HOSTILE, HOSTILE)],
+        [standing.ModelHistory(HOSTILE, HOSTILE, [row], 1, [moment], 1)], [(HOSTILE, HOSTILE)],
         standing.CacheState(stats, 5, HOSTILE, [(recipe, HOSTILE, 1, 1, HOSTILE)], 1, [moment]),
     )  # fmt: skip
 
