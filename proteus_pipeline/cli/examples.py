@@ -24,6 +24,10 @@ EXAMPLES = {
         ("proteus embed my.fasta -o my.h5 embedding.pooling=per_residue", "one a residue"),
         ("proteus embed long.fasta data.long=window", "proteins beyond 1,022 residues; into the cache alone"),
     ),
+    "report": (
+        ("proteus report", "results/report.html and results/run.html anew, from the results"),
+        ("proteus report -o page.html --open", "another file, and look at it"),
+    ),
     "doctor": (
         ("proteus doctor", "every check, a line each"),
         ("proteus doctor -q", "only what is wrong"),

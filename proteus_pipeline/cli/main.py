@@ -24,6 +24,7 @@ examples:
   proteus embed my.fasta -o my.npz                embeddings of a file of your own
   proteus model list                              versions of the models
   proteus verify                                  check a committed result, in a fresh clone
+  proteus report --open                           the page of the results, in a browser
   proteus monitor                                 how all of that is used, as Prometheus text
   proteus doctor                                  what is missing or inconsistent here, and the remedy
 
@@ -33,7 +34,7 @@ exit codes: 0 ok, 1 error, 2 usage, 3 drift or stale, 4 integrity, 5 conflict
 """
 
 
-_VERBS = ("init", "run", "embed", "model", "cache", "verify", "monitor", "doctor", "completion", "stage")
+_VERBS = ("init", "run", "embed", "model", "cache", "verify", "report", "monitor", "doctor", "completion", "stage")
 # How much is said: for this process, and those that DVC starts for the stages (stages/notes.py has the first).
 _QUIET, _VERBOSE = "PROTEUS_QUIET", "PROTEUS_VERBOSE"
 

@@ -68,5 +68,5 @@ def _table(summary: RunSummary, name: str) -> str:
         lines.append(f"\n  hits saved {saved:.1f} s of computing")
     ran = [stage for stage, facts in summary.stages.items() if facts["status"] == "run" and stage != "compose"]
     lines += ["", "  stages run: " + (", ".join(ran) if ran else "none; everything was known")]
-    lines += ["  page: results/report.html    metrics: metrics.json    details: results/run.json"]
+    lines += ["  page: results/run.html    the result alone: results/report.html    metrics: metrics.json"]
     return "\n".join(lines)

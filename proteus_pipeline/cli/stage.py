@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from proteus_pipeline.embeddings.embedder import Outcome
 
-NAMES = ("compose", "prepare", "embed", "probe", "compare", "report")
+NAMES = ("compose", "prepare", "embed", "probe", "compare", "contacts", "report")
 
 
 def add_to(verbs: Any) -> None:

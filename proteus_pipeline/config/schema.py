@@ -39,6 +39,12 @@ class ProbeSection:
 
 
 @dataclass
+class ReportSettings:
+    contacts: int = MISSING
+    contacts_max_length: int = MISSING
+
+
+@dataclass
 class CacheSettings:
     path: str = MISSING
     accept: str = MISSING
@@ -105,6 +111,7 @@ class Settings:
     data: DataSettings = field(default_factory=DataSettings)
     embedding: EmbeddingSettings = field(default_factory=EmbeddingSettings)
     probe: ProbeSection = field(default_factory=ProbeSection)
+    report: ReportSettings = field(default_factory=ReportSettings)
     cache: CacheSettings = field(default_factory=CacheSettings)
     runtime: RuntimeSettings = field(default_factory=RuntimeSettings)
     cluster: ClusterSettings = field(default_factory=ClusterSettings)

@@ -11,12 +11,13 @@ from proteus_pipeline.embeddings.cache import EmbeddingCache
 from proteus_pipeline.embeddings.computing import Embedded, Progress, spans_of, tokens_of
 from proteus_pipeline.embeddings.deriving import derive, sources
 from proteus_pipeline.embeddings.engine import Done, Engine, LocalEngine, Work
-from proteus_pipeline.embeddings.explaining import counts, explain_missing
+from proteus_pipeline.embeddings.explaining import Miss, counts, explain_missing
 from proteus_pipeline.embeddings.hot import PORTION, HotRun, alike
 from proteus_pipeline.embeddings.index import Attestation, now
 from proteus_pipeline.embeddings.leases import Lease
 from proteus_pipeline.embeddings.publication import Publication
 from proteus_pipeline.embeddings.recipe import Recipe
+from proteus_pipeline.models.device import on_gpu
 from proteus_pipeline.models.encoder import TOKENS_PER_BATCH
 from proteus_pipeline.stores.counts import count
 
@@ -41,12 +42,14 @@ class Outcome:
         Tokens computed.
     seconds
         Wall time in all.
-    saved_seconds
-        What the hits took when they were computed.
+    saved_seconds, saved_gpu_seconds
+        What the hits took when they were computed; of that, on a GPU.
     workers
         How many processes of a cluster computed; 0 where this one did.
     misses
         How many were computed for which reason: `proteus_pipeline.embeddings.explaining.Miss.differs`.
+    explained
+        Why each of them was.
 
     """
 
@@ -62,6 +65,8 @@ class Outcome:
     workers: int = 0
     misses: dict[str, int] = field(default_factory=dict)
     from_redis: int = 0
+    saved_gpu_seconds: float = 0.0
+    explained: tuple[Miss, ...] = ()
 
 
 def embed(
@@ -154,7 +159,7 @@ def embed_by(
         read += fetched
         missing = {key: s for key, s in missing.items() if key not in done}
         tokens = sum(tokens_of(spans_of(s, recipe)) for s in missing.values())
-        why = counts(explain_missing(cache, missing, trunk, recipe))
+        why = explain_missing(cache, missing, trunk, recipe)
         work = Work(trunk, recipe, cache, missing, tokens, lease, progress, len(by_key), len(read), hot)
         if missing:
             computing = engine.compute(work)
@@ -182,8 +187,10 @@ def embed_by(
         seconds=time.perf_counter() - started,
         saved_seconds=sum(e.seconds for e in read),
         workers=computing.workers,
-        misses=why,
         from_redis=len(fetched),
+        misses=counts(why),
+        saved_gpu_seconds=sum(e.seconds for e in read if on_gpu(e.device_class)),
+        explained=tuple(why),
     )
 
 

@@ -53,6 +53,11 @@ def device_class(device: str) -> str:
     return f"cpu/{platform.machine()}/{torch.backends.cpu.get_cpu_capability()}/{_cpu_vendor()}"
 
 
+def on_gpu(device_class: str) -> bool:
+    """Say whether a device class is a GPU's."""
+    return device_class.startswith("cuda")
+
+
 def attested(device: str) -> tuple[str, str]:
     """Return what an attestation says of a device: its class, and torch's version."""
     import torch

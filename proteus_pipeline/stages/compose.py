@@ -39,12 +39,13 @@ from proteus_pipeline.stores.places import check_location, scheme_of
 from proteus_pipeline.stores.redis_url import VARIABLE, given_url, parse_url
 
 if TYPE_CHECKING:
-    from proteus_pipeline.config.schema import CacheSettings, DataSettings, RuntimeSettings
+    from proteus_pipeline.config.schema import CacheSettings, DataSettings, ReportSettings, RuntimeSettings
     from proteus_pipeline.registry.version import ModelVersion
 
 SCHEMA = 1
 LOCK = "models.lock"
 _FEW = 5
+MOST_CONTACT_MAPS = 24
 _OF_A_CACHE = ("index", "runs", "seg", "uses.jsonl")
 _NO_MODEL = {
     "reference": None,
@@ -131,6 +132,7 @@ def resolve_stages(
         "data": dataclasses.asdict(settings.data),
         "embedding": dataclasses.asdict(settings.embedding),
         "probe": dataclasses.asdict(settings.probe),
+        "report": dataclasses.asdict(settings.report),
         "cache": dataclasses.asdict(settings.cache),
         "engine": settings.engine,
         "runtime": dataclasses.asdict(settings.runtime),
@@ -240,6 +242,7 @@ def _check_ranges(composition: Composition) -> None:
         ("data", lambda: rules_of(dataclasses.asdict(s.data))),
         ("probe", lambda: ProbeSettings(**dataclasses.asdict(s.probe))),
         ("embedding", lambda: _recipe_values(composition)),
+        ("report", lambda: _check_report(s.report)),
         ("cache", lambda: _check_cache(s.cache)),
         ("runtime", lambda: _check_runtime(s.runtime)),
         ("cluster", lambda: ClusterOptions(**dataclasses.asdict(s.cluster))),
@@ -255,6 +258,13 @@ def _check_ranges(composition: Composition) -> None:
 def _recipe_values(composition: Composition) -> None:
     e = composition.settings.embedding
     Recipe(0, e.pooling, e.precision, e.numerics, e.stored, *_windows(composition))
+
+
+def _check_report(settings: ReportSettings) -> None:
+    if not 0 <= settings.contacts <= MOST_CONTACT_MAPS:
+        raise ConfigError(f"report.contacts is {settings.contacts}", f"use 0 to {MOST_CONTACT_MAPS} proteins")
+    if settings.contacts_max_length < 1:
+        raise ConfigError(f"report.contacts_max_length is {settings.contacts_max_length}", "use 1 or more residues")
 
 
 def _check_cache(settings: CacheSettings) -> None:

@@ -13,7 +13,7 @@ from proteus_pipeline.embeddings.engine import Engine, LocalEngine
 from proteus_pipeline.embeddings.manifest import listed, write_manifest
 from proteus_pipeline.embeddings.shard_task import Weights
 from proteus_pipeline.errors import IntegrityError
-from proteus_pipeline.models.device import attested, device_class, resolve_device
+from proteus_pipeline.models.device import attested, device_class, on_gpu, resolve_device
 from proteus_pipeline.sequences.fasta import Record, read_fasta
 from proteus_pipeline.stages.compose import cluster_options, recipe_of
 from proteus_pipeline.stages.project import CLUSTER, MANIFEST, SEQUENCES, Project
@@ -21,6 +21,9 @@ from proteus_pipeline.stages.project import CLUSTER, MANIFEST, SEQUENCES, Projec
 if TYPE_CHECKING:
     from proteus_pipeline.models.encoder import Encoder
     from proteus_pipeline.registry.version import ModelVersion
+
+# So many computed proteins are explained one by one in results/run.json; all of them are counted.
+MOST_MISSED = 200
 
 
 def run(project: Project, progress: Progress | None = None) -> Outcome:
@@ -35,7 +38,7 @@ def embed_to_manifest(project: Project, stage: str, target: str, progress: Progr
     outcome = embed_records(project, composed, stage, records, progress)
     write_stage_manifest(project, target, stage, records, outcome)
     model = composed["stages"][stage]["model"]["reference"]
-    project.record(stage, model=model, **summary(outcome))
+    project.record(stage, model=model, **summary(outcome), **attributed(composed, records, outcome))
     return outcome
 
 
@@ -155,6 +158,26 @@ def stage_encoder(project: Project, composed: dict[str, Any], stage: str) -> Enc
 def summary(outcome: Outcome) -> dict[str, Any]:
     """Return an outcome's counts, as results/run.json has them."""
     fields = ("sequences", "unique", "hits", "derived", "computed", "tokens", "from_redis")
-    seconds = {"seconds": round(outcome.seconds, 3), "saved_seconds": round(outcome.saved_seconds, 3)}
-    counts = {field: getattr(outcome, field) for field in fields} | seconds | {"misses": outcome.misses}
+    seconds = ("seconds", "saved_seconds", "saved_gpu_seconds")
+    counts = {field: getattr(outcome, field) for field in fields}
+    counts |= {field: round(getattr(outcome, field), 3) for field in seconds} | {"misses": outcome.misses}
     return counts | ({"workers": outcome.workers} if outcome.workers else {})
+
+
+def attributed(composed: dict[str, Any], records: Sequence[Record], outcome: Outcome) -> dict[str, Any]:
+    """Return where a stage computed, and why each protein that it computed was not known, as results/run.json has it."""
+    if not outcome.computed:
+        return {"device_class": None, "gpu_seconds": 0.0, "missed": []}
+    made_on = device_class(resolve_device(composed["runtime"]["device"]))
+    ids = {r.sequence: r.id for r in reversed(records)}
+    missed = [
+        {
+            "id": ids[m.sequence],
+            "differs": list(m.differs),
+            "nearest": m.nearest and dict(m.nearest),
+            "detail": m.detail,
+        }
+        for m in outcome.explained[:MOST_MISSED]
+    ]
+    seconds = round(outcome.seconds, 3) if on_gpu(made_on) else 0.0
+    return {"device_class": made_on, "gpu_seconds": seconds, "missed": missed}

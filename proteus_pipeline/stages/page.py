@@ -1,4 +1,4 @@
-"""The report: one HTML file that says what was computed, by which model, and how well it predicts.
+"""The page: one HTML file that says what was computed, by which model, and how well it predicts.
 
 The file needs no network: plotly.js and the figures' data are inside it, and its content security policy lets it load
 nothing. Equal pages give equal bytes. Ids and labels are data from a FASTA header, and are escaped wherever they go:
@@ -7,62 +7,36 @@ by jinja2 in the HTML, as unicode escapes in the figures' JSON, and as entities 
 
 from __future__ import annotations
 
-import html
+import base64
 import json
 import re
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib import resources
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from proteus_pipeline.stages.drift import Drift
-from proteus_pipeline.stages.probing import Prediction
+from proteus_pipeline.stages import figures, wording
+from proteus_pipeline.stages.contacts import SEPARATION
+from proteus_pipeline.stages.figures import MAX_POINTS, OTHER, Point, largest
+from proteus_pipeline.stages.wording import SCORES, clipped, number, small
 
-# Okabe and Ito's colours, without black: told apart by colour-blind readers, and seen on white and on near black.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
-# As many symbols as are no multiple of the colours, so that classes beyond the seventh get another pair.
-SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "triangle-down", "star")
-GREY = "#8A929B"
-MINUS, TIMES = "\N{MINUS SIGN}", "\N{MULTIPLICATION SIGN}"
-OTHER = "(other classes)"
-MAX_CLASSES = 20
+if TYPE_CHECKING:
+    from proteus_pipeline.stages.contacts import ContactMap
+    from proteus_pipeline.stages.drift import Drift
+    from proteus_pipeline.stages.probing import Prediction
+    from proteus_pipeline.stages.standing import Standing
+
 MAX_ROWS = 500
-# More would be slow to draw as SVG; WebGL is missing on many a remote desktop, and needs eval.
-MAX_POINTS = 4000
-MAX_SHOWN = 80
-BINS = 30
-Drawn = TypeVar("Drawn")
-_DIGEST = re.compile(r"(?:[a-z0-9]+:)?[0-9a-f]{16,}")
-_SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-
-SCORES = {
-    "classification": {
-        "accuracy": "Accuracy",
-        "balanced_accuracy": "Balanced accuracy",
-        "macro_f1": "Macro F1",
-        "mcc": "Matthews correlation",
-        "log_loss": "Log loss (lower is better)",
-    },
-    "regression": {
-        "r2": "R²",
-        "spearman": "Spearman correlation",
-        "mae": "Mean absolute error (lower is better)",
-        "rmse": "Root mean square error (lower is better)",
-    },
-}
-IN_BARS = {"accuracy", "balanced_accuracy", "macro_f1", "mcc", "r2", "spearman"}
+# An id or a label may be as long as its file says: tables show so many characters.
+MAX_CELL = 160
 IN_LABEL_UNITS = {"mae", "rmse"}
-
-
-@dataclass(frozen=True)
-class Point:
-    """A protein on the map; `label` is empty where none is known."""
-
-    id: str
-    x: float
-    y: float
-    label: str = ""
+# Pairs at least this far apart in the sequence are what a fold is known by.
+LONG_RANGE = 24
+STRONGEST = 10
+_DIGEST = re.compile(r"(?:[a-z0-9]+:)?[0-9a-f]{16,}")
 
 
 @dataclass(frozen=True)
@@ -73,6 +47,8 @@ class Page:
     ----------
     title
         Its heading.
+    model
+        The reference of the version that it is about.
     lineage
         What the result came from, in the order shown: model reference, digests, recipe, FASTA, counts.
     metrics, predictions
@@ -84,77 +60,90 @@ class Page:
         returned) and, where it was probed in the same folds, ``probe`` (its metrics).
     drifts
         Each protein's drift under the candidate.
+    contacts, no_contacts
+        Contact maps of some proteins; why there are none: ``no contact head`` or ``no proteins``.
+    standing
+        The run, the versions and the cache as they are now; None in the result's own page, which has nothing of them.
 
     """
 
     title: str
+    model: str
     lineage: Mapping[str, str]
     metrics: Mapping[str, Any]
     predictions: Sequence[Prediction]
     points: Sequence[Point]
     compare: Mapping[str, Any] | None = None
     drifts: Sequence[Drift] = ()
+    contacts: Sequence[ContactMap] = ()
+    no_contacts: str = "no proteins"
+    standing: Standing | None = None
 
 
 def render(page: Page) -> str:
     """Return the page as one self-contained HTML document."""
     from jinja2 import Environment, StrictUndefined
-    from plotly.offline import get_plotlyjs
 
-    template = resources.files("proteus_pipeline.stages").joinpath("page.html").read_text("utf-8")
     # Whole lines of template logic leave no blank lines behind.
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"clip": lambda text: clipped(text, MAX_CELL), "number": number, "small": small}
+    environment.filters |= {"seconds": wording.seconds, "size": wording.size, "reason": wording.reason}
+    environment.filters |= {"recipe": wording.recipe, "count": lambda n: f"{n:,}"}
     task = page.metrics.get("task") if page.metrics["status"] == "ok" else None
-    possible = {
-        "scores": _score_bars(page, task) if task else None,
-        "fit": _fit(page) if task == "regression" else None,
-        "map": _map(page, task) if len(page.points) > 2 else None,
-        "drift": _drift_bars(page.drifts),
-    }
-    figures = {name: figure for name, figure in possible.items() if figure}
-    return environment.from_string(template).render(
+    drawn = _figures(page, task)
+    return environment.from_string(_part("page.html")).render(
         page=page,
         task=task,
         finding=_finding(page, task),
+        tiles=_tiles(page, task),
         lineage=[(key, value, bool(_DIGEST.fullmatch(value))) for key, value in page.lineage.items()],
         columns=list(_columns(page, task)),
         scores=_score_rows(page, task) if task else [],
         confusion=_confusion(page) if task == "classification" else None,
         predictions=page.predictions[:MAX_ROWS],
+        points=page.points[:MAX_ROWS],
         furthest=_furthest(page.drifts),
-        figures=figures,
-        figures_json={name: _json(figure) for name, figure in figures.items()},
-        plotlyjs=get_plotlyjs() if figures else "",
+        contacts=[_contact_facts(one) for one in page.contacts],
+        separation=SEPARATION,
+        long_range=LONG_RANGE,
+        now=page.standing,
+        figures=drawn,
+        figures_json={name: _json(figure) for name, figure in drawn.items()},
+        style=_part("page.css"),
+        script=_part("page.js"),
+        plotly=_plotly() if drawn else "",
         most=MAX_POINTS,
-        number=_number,
-        small=_small,
+        asked=_asked(page.standing) if page.standing else {},
     )
+
+
+def _part(name: str) -> str:
+    return resources.files("proteus_pipeline.stages").joinpath(name).read_text("utf-8")
+
+
+@cache
+def _plotly() -> str:
+    """Return plotly.js, deflated, in base64: two fifths of its size, and any browser of these years can inflate it."""
+    source = resources.files("plotly").joinpath("package_data/plotly.min.js").read_bytes()
+    return base64.b64encode(zlib.compress(source, 9)).decode()
+
+
+def _figures(page: Page, task: str | None) -> dict[str, dict[str, Any]]:
+    answers = {one.id: one.predicted for one in page.predictions}
+    possible = {
+        "scores": figures.score_bars(task, _columns(page, task)) if task else None,
+        "fit": figures.fit(page.predictions) if task == "regression" else None,
+        "map": figures.embedding_map(page.points, answers, task) if len(page.points) > 2 else None,
+        "drift": figures.drift_bars(page.drifts),
+    }
+    possible |= {f"contacts-{place}": figures.contact_map(one) for place, one in enumerate(page.contacts)}
+    return {name: figure for name, figure in possible.items() if figure}
 
 
 def _json(value: object) -> str:
     """Return JSON that can stand inside a script element: no character of it ends the element or opens a comment."""
     text = json.dumps(value, allow_nan=False, separators=(",", ":"))
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
-
-
-def _markup(text: str, most: int = MAX_SHOWN) -> str:
-    """Escape text for plotly, which reads a subset of HTML; of the named entities it knows no quotes."""
-    return html.escape(_clipped(text, most), quote=False)
-
-
-def _clipped(text: str, most: int = MAX_SHOWN) -> str:
-    return text if len(text) <= most else text[: most - 1] + "…"
-
-
-def _number(value: float, digits: int = 3) -> str:
-    return f"{value:.{digits}f}".replace("-", MINUS)
-
-
-def _small(value: float) -> str:
-    """Return three significant digits, with a power of ten in place of e-07."""
-    mantissa, e, exponent = f"{value:#.3g}".partition("e")
-    shown = mantissa.rstrip(".").replace("-", MINUS)
-    return f"{shown} {TIMES} 10{str(int(exponent)).translate(_SUPERSCRIPT)}" if e else shown
 
 
 def _finding(page: Page, task: str | None) -> list[str]:
@@ -165,7 +154,7 @@ def _finding(page: Page, task: str | None) -> list[str]:
     if page.compare and summary["comparable"]:
         sentences.append(
             f"Under the candidate {page.compare['candidate']} the median cosine distance between a protein's two "
-            f"embeddings is {_small(1 - summary['median_cosine'])}."
+            f"embeddings is {small(1 - summary['median_cosine'])}."
         )
     return sentences
 
@@ -176,8 +165,8 @@ def _probed(page: Page, task: str) -> str:
     embedding, composition = metrics["embedding"], metrics["composition"]
     if task == "regression":
         return (
-            f"A linear probe on these embeddings predicts the values of {count} with R² {_number(embedding['r2'])}. "
-            f"The same probe on amino-acid composition alone reaches {_number(composition['r2'])}; always naming the "
+            f"A linear probe on these embeddings predicts the values of {count} with R² {number(embedding['r2'])}. "
+            f"The same probe on amino-acid composition alone reaches {number(composition['r2'])}; always naming the "
             "mean gets 0."
         )
     points = f"{abs(gain) * 100:.1f} percentage points {'less' if gain > 0 else 'more'}" if gain else "the same"
@@ -186,6 +175,37 @@ def _probed(page: Page, task: str) -> str:
         f"The same probe on amino-acid composition alone gets {composition['accuracy']:.1%}, {points}; always naming "
         f"the largest class gets {metrics['majority']:.1%}."
     )
+
+
+def _tiles(page: Page, task: str | None) -> list[tuple[str, str]]:
+    """Return the figures at the head of the page: what each is, and its value."""
+    tiles = [("Proteins", f"{len(page.points):,}")]
+    if task == "classification":
+        tiles += [
+            ("Accuracy of the probe", f"{page.metrics['embedding']['accuracy']:.1%}"),
+            ("On composition alone", f"{page.metrics['composition']['accuracy']:.1%}"),
+        ]
+    if task == "regression":
+        tiles += [
+            ("R² of the probe", number(page.metrics["embedding"]["r2"])),
+            ("On composition alone", number(page.metrics["composition"]["r2"])),
+        ]
+    if page.standing and (asked := _asked(page.standing)):
+        tiles += [
+            ("Known before this run", f"{asked['hits'] + asked['derived']:,} of {asked['unique']:,}"),
+            ("Computing time saved", wording.seconds(asked["saved_seconds"])),
+        ]
+    return tiles
+
+
+def _asked(now: Standing) -> dict[str, Any]:
+    """Return what all stages of a run together asked of the cache; nothing where none did."""
+    runs = [run for run in now.runs if run.counts and run.status == "run"]
+    if not runs:
+        return {}
+    asked: dict[str, Any] = {key: sum(r.counts[key] for r in runs) for key in ("unique", "hits", "derived", "computed")}
+    times = ("seconds", "saved_seconds", "gpu_seconds", "saved_gpu_seconds")
+    return asked | {key: sum(getattr(r, key) for r in runs) for key in times}
 
 
 def _columns(page: Page, task: str | None) -> dict[str, Mapping[str, float]]:
@@ -203,141 +223,18 @@ def _score_rows(page: Page, task: str) -> list[tuple[str, list[str]]]:
     columns = _columns(page, task).values()
     rows = []
     for key, label in SCORES[task].items():
-        cells = [_small(scores[key]) if key in IN_LABEL_UNITS else _number(scores[key]) for scores in columns]
+        cells = [small(scores[key]) if key in IN_LABEL_UNITS else number(scores[key]) for scores in columns]
         if key == "accuracy":
             pairs = zip(cells, columns, strict=True)
-            cells = [f"{cell} ± {_number(scores['accuracy_std'])}" for cell, scores in pairs]
+            cells = [f"{cell} ± {number(scores['accuracy_std'])}" for cell, scores in pairs]
         rows.append((label, cells))
     return rows
-
-
-def _score_bars(page: Page, task: str) -> dict[str, Any]:
-    keys = [key for key in SCORES[task] if key in IN_BARS]
-    columns = _columns(page, task)
-    return {
-        "data": [
-            {
-                "type": "bar",
-                "name": name,
-                "x": [SCORES[task][key] for key in keys],
-                "y": [scores[key] for key in keys],
-                "text": [_number(scores[key], 2) for key in keys],
-                "textposition": "outside",
-                "cliponaxis": False,
-                "hoverinfo": "skip",
-                "marker": {"color": colour},
-            }
-            for colour, (name, scores) in zip(COLOURS, columns.items(), strict=False)
-        ],
-        "layout": {"barmode": "group", "height": 360, "xaxis": {"showgrid": False}, "yaxis": {"zeroline": True}},
-    }
-
-
-def _fit(page: Page) -> dict[str, Any]:
-    drawn = _thinned(page.predictions)
-    actual = [float(one.actual) for one in drawn]
-    predicted = [float(one.predicted) for one in drawn]
-    ends = [min(actual + predicted), max(actual + predicted)]
-    return {
-        "data": [
-            {"type": "scatter", "mode": "lines", "name": "exact", "x": ends, "y": ends, "hoverinfo": "skip"}
-            | {"line": {"color": GREY, "dash": "dash", "width": 1}},
-            _markers("held-out prediction", actual, predicted, COLOURS[0], SYMBOLS[0])
-            | {
-                "hovertext": [
-                    f"<b>{_markup(one.id)}</b><br>actual {_markup(one.actual)}<br>predicted {_markup(one.predicted)}"
-                    for one in drawn
-                ]
-            },
-        ],
-        "layout": {
-            "height": 460,
-            "xaxis": {"title": {"text": "Actual"}},
-            "yaxis": {"title": {"text": "Predicted, held out"}},
-        },
-    }
-
-
-def _thinned(items: Sequence[Drawn]) -> list[Drawn]:
-    """Return at most MAX_POINTS of the items, evenly spaced."""
-    count = min(len(items), MAX_POINTS)
-    return [items[i * len(items) // count] for i in range(count)]
-
-
-def _markers(name: str, x: Sequence[float], y: Sequence[float], colour: object, symbol: str) -> dict[str, Any]:
-    return {
-        "type": "scatter",
-        "mode": "markers",
-        "name": name,
-        "x": list(x),
-        "y": list(y),
-        "hoverinfo": "text",
-        "marker": {"color": colour, "symbol": symbol, "size": 9, "opacity": 0.85, "line": {"width": 0.6}},
-    }
-
-
-def _largest(counts: Mapping[str, int]) -> list[str]:
-    """Return the names of the classes that are shown by themselves, sorted."""
-    ranked = sorted(counts, key=lambda name: (-counts[name], name))
-    return sorted(ranked if len(ranked) <= MAX_CLASSES else ranked[: MAX_CLASSES - 1])
-
-
-def _map(page: Page, task: str | None) -> dict[str, Any]:
-    answers = {one.id: one.predicted for one in page.predictions}
-    points = _thinned(page.points)
-    known = [point for point in points if point.label]
-    unknown = [point for point in points if not point.label]
-    traces = []
-    if task == "regression":
-        trace = _map_trace("labelled", known, answers, [float(point.label) for point in known], 0)
-        trace["marker"] |= {
-            "colorscale": [[0, COLOURS[0]], [1, COLOURS[6]]],
-            "showscale": True,
-            "colorbar": {"title": {"text": "label"}},
-        }
-        traces = [trace]
-    else:
-        classes = _largest(Counter(point.label for point in known))
-        for place, name in enumerate(classes):
-            chosen = [point for point in known if point.label == name]
-            traces.append(_map_trace(name, chosen, answers, COLOURS[place % len(COLOURS)], place))
-        others = [point for point in known if point.label not in set(classes)]
-        if others:
-            traces.append(_map_trace(OTHER, others, answers, GREY, 1))
-    if unknown:
-        trace = _map_trace("no label", unknown, answers, GREY if known else COLOURS[0], 0)
-        if known:
-            trace["marker"] |= {"symbol": "x-thin-open", "line": {"width": 1.5}}
-        traces.append(trace)
-    return {
-        "data": traces,
-        "layout": {
-            "height": 520 + 8 * len(traces),  # the legend grows below
-            "showlegend": len(traces) > 1,
-            "xaxis": {"title": {"text": "First principal component"}},
-            "yaxis": {"title": {"text": "Second principal component"}, "scaleanchor": "x"},
-        },
-    }
-
-
-def _map_trace(
-    name: str, points: Sequence[Point], answers: Mapping[str, str], colour: object, symbol: int
-) -> dict[str, Any]:
-    xs, ys = [point.x for point in points], [point.y for point in points]
-    trace = _markers(_markup(name, most=32), xs, ys, colour, SYMBOLS[symbol % len(SYMBOLS)])
-    trace["hovertext"] = [
-        f"<b>{_markup(point.id)}</b>"
-        + (f"<br>{_markup(point.label)}" if point.label else "<br>no label")
-        + (f"<br>predicted {_markup(answers[point.id])}" if point.id in answers else "")
-        for point in points
-    ]
-    return trace
 
 
 def _confusion(page: Page) -> dict[str, Any]:
     """Return the confusion matrix: class names, and for each actual class its counts, shares and recall."""
     actual = Counter(one.actual for one in page.predictions)
-    names = _largest(actual)
+    names = largest(actual)
     place = {name: i for i, name in enumerate(names)}
     if len(names) < len(actual):
         names.append(OTHER)
@@ -348,10 +245,10 @@ def _confusion(page: Page) -> dict[str, Any]:
         counts[row][place.get(one.predicted, len(place))] += 1
         right[row] += one.actual == one.predicted
     return {
-        "names": [_clipped(name) for name in names],
+        "names": [clipped(name) for name in names],
         "rows": [
             {
-                "name": _clipped(name),
+                "name": clipped(name),
                 "cells": [(count, f"{count / sum(row):.3f}") for count in row],
                 "total": sum(row),
                 "recall": f"{hits / sum(row):.0%}",
@@ -365,33 +262,17 @@ def _furthest(drifts: Iterable[Drift]) -> list[Drift]:
     return sorted(drifts, key=lambda one: (one.cosine, -one.relative_l2, one.id))[:10]
 
 
-def _drift_bars(drifts: Sequence[Drift]) -> dict[str, Any] | None:
-    import numpy as np
-
-    distances = np.asarray([max(0.0, 1.0 - one.cosine) for one in drifts])
-    if not len(distances) or distances.max() == 0:
-        return None
-    counts, edges = np.histogram(distances, bins=BINS, range=(0.0, float(distances.max())))
+def _contact_facts(one: ContactMap) -> dict[str, Any]:
+    """Return what is said of a contact map in words: how many likely contacts, and the strongest."""
+    likely = [(i, j) for i, j, percent in one.pairs if percent >= 50]
+    strongest = sorted(one.pairs, key=lambda pair: (-pair[2], pair))[:STRONGEST]
     return {
-        "data": [
-            {
-                "type": "bar",
-                "x": ((edges[:-1] + edges[1:]) / 2).tolist(),
-                "y": counts.tolist(),
-                "width": np.diff(edges).tolist(),
-                "hoverinfo": "text",
-                "hovertext": [
-                    f"{count} proteins<br>{_small(low)} to {_small(high)}"
-                    for count, low, high in zip(counts.tolist(), edges.tolist(), edges[1:].tolist(), strict=False)
-                ],
-                "marker": {"color": COLOURS[0], "line": {"width": 0.6}},
-            }
+        "id": one.id,
+        "length": len(one.sequence),
+        "likely": len(likely),
+        "long": sum(j - i >= LONG_RANGE for i, j in likely),
+        "strongest": [
+            (f"{one.sequence[i - 1]}{i}", f"{one.sequence[j - 1]}{j}", j - i, f"{percent / 100:.2f}")
+            for i, j, percent in strongest
         ],
-        "layout": {
-            "height": 320,
-            "showlegend": False,
-            "bargap": 0,
-            "xaxis": {"title": {"text": f"Cosine distance (1 {MINUS} cosine similarity)"}, "exponentformat": "power"},
-            "yaxis": {"title": {"text": "Proteins"}},
-        },
     }

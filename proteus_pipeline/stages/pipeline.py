@@ -24,10 +24,9 @@ from proteus_pipeline.registry.lock import Locked, read_lock, write_lock
 from proteus_pipeline.registry.provision import provide
 from proteus_pipeline.stages.compose import LOCK, resolve
 from proteus_pipeline.stages.notes import quiet
-from proteus_pipeline.stages.project import CANDIDATE, COUNTS, MANIFEST, Project
+from proteus_pipeline.stages.project import CANDIDATE, COUNTS, MANIFEST, RUN_PAGE, STAGES, Project
+from proteus_pipeline.stages.report import write_page
 from proteus_pipeline.stores.files import write_atomic
-
-STAGES = ("compose", "prepare", "embed", "probe", "compare", "report")
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,9 @@ def run_pipeline(
     before = project.run_log().get("stages", {})
     started = time.perf_counter()
     _reproduce(project, force=force)
-    return _summarise(project, before, time.perf_counter() - started)
+    summary = _summarise(project, before, time.perf_counter() - started)
+    write_page(project, project.work / RUN_PAGE)
+    return summary
 
 
 @contextmanager
@@ -132,7 +133,8 @@ def _standing(project: Project, stage: str) -> dict[str, Any]:
         path = project.work / (MANIFEST if stage == "embed" else CANDIDATE)
         model = project.composed["stages"][stage]["model"]["reference"]
         entries = _entries(path)
-        idle = dict.fromkeys(("hits", "derived", "computed", "tokens"), 0) | {"seconds": 0.0, "saved_seconds": 0.0}
+        idle: dict[str, float] = dict.fromkeys(("hits", "derived", "computed", "tokens"), 0)
+        idle |= dict.fromkeys(("seconds", "saved_seconds", "gpu_seconds", "saved_gpu_seconds"), 0.0)
         return idle | {"model": model, "sequences": len(entries), "unique": len({e.key for e in entries})}
     if stage == "prepare":
         return dict(json.loads((project.work / COUNTS).read_text(encoding="utf-8")))

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from proteus_pipeline.serving.model_cache import ModelCacheManager
     from proteus_pipeline.stores.redis import RedisClient
 
+STAGES = ("compose", "prepare", "embed", "probe", "compare", "contacts", "report")
 COMPOSED = "composed.yaml"
 SEQUENCES = "prepared/sequences.fasta"
 LABELS = "prepared/labels.csv"
@@ -36,9 +37,11 @@ PREDICTIONS = "results/predictions.csv"
 MAP = "results/map.csv"
 DRIFT = "results/drift.json"
 DRIFTS = "results/drift.csv"
+CONTACTS = "results/contacts.json"
 REPORT = "results/report.html"
 RUN = "results/run.json"
 CLUSTER = ".proteus/cluster"
+RUN_PAGE = "results/run.html"
 _PACKAGES = (
     "proteus_pipeline", "torch", "numpy", "scikit-learn", "zarr", "numcodecs", "xxhash", "hydra-core", "dvc", "gitpython"
 )  # fmt: skip

@@ -1,41 +1,114 @@
-"""report: one page that says what the result is and what it came from. The same inputs give the same bytes."""
+"""report: one page that says what the result is and what it came from. The same inputs give the same bytes.
+
+The run, the versions and the cache differ from run to run. `write_page` adds them to a page of its own, results/run.html,
+which is no output of a stage.
+"""
 
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from proteus_pipeline.embeddings.manifest import read_manifest
+from proteus_pipeline.errors import ProteusError, StorageError
+from proteus_pipeline.stages.compose import recipe_of
+from proteus_pipeline.stages.contacts import ContactMap
 from proteus_pipeline.stages.drift import Drift
-from proteus_pipeline.stages.page import Page, Point, render
+from proteus_pipeline.stages.figures import Point
+from proteus_pipeline.stages.page import Page, render
 from proteus_pipeline.stages.probe import read_csv
 from proteus_pipeline.stages.probing import Prediction
-from proteus_pipeline.stages.project import COUNTS, DRIFT, DRIFTS, MAP, METRICS, PREDICTIONS, REPORT, Project
-from proteus_pipeline.stores.files import write_atomic
+from proteus_pipeline.stages.project import (
+    COMPOSED,
+    CONTACTS,
+    COUNTS,
+    DRIFT,
+    DRIFTS,
+    MANIFEST,
+    MAP,
+    METRICS,
+    PREDICTIONS,
+    REPORT,
+    Project,
+)  # fmt: skip
+from proteus_pipeline.stores.files import storage_error, write_atomic
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from proteus_pipeline.embeddings.manifest import Manifest
+    from proteus_pipeline.stages.standing import Standing
+
+_AGAIN = "run: proteus run"
+Made = TypeVar("Made")
+
 
 def run(here: Project) -> None:
     """Write results/report.html."""
-    work = here.work
-    compared = _json(work / DRIFT)
-    page = Page(
-        title="Protein embeddings and what they tell",
-        lineage=_lineage(here),
-        metrics=_json(work / METRICS)["probe"],
-        predictions=[
-            Prediction(r["id"], r["actual"], r["predicted"], int(r["fold"])) for r in read_csv(here, PREDICTIONS)
-        ],
-        points=[Point(r["id"], float(r["x"]), float(r["y"]), r["label"]) for r in read_csv(here, MAP)],
-        compare=_comparison(compared),
-        drifts=[
-            Drift(r["id"], float(r["cosine"]), float(r["relative_l2"]), float(r["max_abs"]))
-            for r in read_csv(here, DRIFTS)
-        ],
-    )
-    write_atomic(work / REPORT, render(page).encode())
+    write_atomic(here.work / REPORT, render(_page(here)).encode())
     here.record("report", page=REPORT)
+
+
+def write_page(here: Project, target: Path) -> int:
+    """Write the page of the result, with the run, the versions and the cache as they stand; return its bytes.
+
+    Parameters
+    ----------
+    here
+        The project; nothing in it is computed, or changed but for the page.
+    target
+        The file; replaced where there is one.
+
+    Raises
+    ------
+    StorageError
+        When a result is missing, damaged or of other choices than composed.yaml's, or the page can't be written.
+
+    """
+    from proteus_pipeline.stages.standing import standing
+
+    if target.is_dir():
+        raise StorageError(f"{target} is a folder", "name a file: -o FILE.html")
+    now = standing(here)
+    text = render(_page(here, now)).encode()
+    write_atomic(target, text)
+    return len(text)
+
+
+def _page(here: Project, now: Standing | None = None) -> Page:
+    composed, work = here.composed, here.work
+    manifest = read_manifest(work / MANIFEST)
+    _check_choices(composed, manifest)
+    compared = _loaded(here, DRIFT, _json)
+    contacts = _loaded(here, CONTACTS, _contacts)
+    points = _rows(here, MAP, lambda r: Point(r["id"], float(r["x"]), float(r["y"]), r["label"]))
+    if [point.id for point in points] != list(manifest.ids):
+        raise StorageError(f"{MAP} is of other proteins than {MANIFEST}", _AGAIN)
+    return Page(
+        title="Protein embeddings and what they tell",
+        model=composed["stages"]["embed"]["model"]["reference"],
+        lineage=_lineage(here, manifest, compared.get("candidate"), now),
+        metrics=_loaded(here, METRICS, lambda path: _json(path)["probe"]),
+        predictions=_rows(
+            here, PREDICTIONS, lambda r: Prediction(r["id"], r["actual"], r["predicted"], int(r["fold"]))
+        ),
+        points=points,
+        compare=_comparison(compared),
+        drifts=_rows(
+            here, DRIFTS, lambda r: Drift(r["id"], float(r["cosine"]), float(r["relative_l2"]), float(r["max_abs"]))
+        ),
+        contacts=contacts["maps"],
+        no_contacts=contacts["status"],
+        standing=now,
+    )
+
+
+def _check_choices(composed: Mapping[str, Any], manifest: Manifest) -> None:
+    """Refuse results that an interrupted run left of older choices: the page would name the wrong weights."""
+    trunk = composed["stages"]["embed"]["model"]["trunk_digest"]
+    if manifest.trunk != trunk or manifest.recipe != recipe_of(dict(composed), "embed").described():
+        raise StorageError(f"{MANIFEST} was made by other choices than {COMPOSED} holds", _AGAIN)
 
 
 def _comparison(compared: dict[str, Any]) -> dict[str, Any] | None:
@@ -46,34 +119,81 @@ def _comparison(compared: dict[str, Any]) -> dict[str, Any] | None:
     return value | ({"probe": probe} if probe["status"] == "ok" else {})
 
 
-def _lineage(here: Project) -> dict[str, str]:
+def _lineage(here: Project, manifest: Manifest, candidate: str | None, now: Standing | None) -> dict[str, str]:
     composed = here.composed
     model, data, e = composed["stages"]["embed"]["model"], composed["data"], composed["embedding"]
-    counts = _json(here.work / COUNTS)
+    counts = _loaded(here, COUNTS, _json)
     lineage = {"Model": model["reference"]}
     if model["description"]:
         lineage["What it is"] = model["description"]
     numbers = (
         f"{e['precision']}, {e['numerics']}, stored as {e['stored']}, engine revision {composed['engine_revision']}"
     )
-    return lineage | {
+    classes = sorted({entry.device_class for entry in manifest.entries})
+    if candidate:
+        lineage["Candidate"] = candidate
+    lineage |= {
         "Trunk digest": model["trunk_digest"],
         "Model digest": model["digest"],
         "Layer": str(composed["stages"]["embed"]["layer"]),
         "Pooling": e["pooling"],
         "Numbers": numbers,
-        "Sequences": f"{counts['kept']} proteins, {counts['unique']} distinct, {counts['residues']} residues",
+        "Computed on": ", ".join(classes),
+        "Sequences": f"{counts['kept']:,} proteins, {counts['unique']:,} distinct, {counts['residues']:,} residues",
         "FASTA": data["fasta"],
         "FASTA digest": data["fasta_digest"],
         "Labels": data["labels"] or f"{data['label_key']}= in the headers",
         "Labelled": f"{counts['labelled']} ({counts['labels_ignored']} labels of other ids)",
         "Rules": f"unknown letters: {data['unknown']}; stops: {data['stops']}; gaps: {data['gaps']}; "
-        f"one id twice: {data['duplicates']}; over {data['max_length']} residues: {data['long']}",
+        f"one id twice: {data['duplicates']}; over {data['max_length']:,} residues: {data['long']}",
         "What they did": f"{counts['repeated']} repeated records, {counts['dropped']} dropped, "
         f"{counts['truncated']} truncated, {counts['windowed']} in windows, {counts['replaced']} residues replaced by X",
     }
+    if now is not None:
+        lineage["Commit"] = now.commit or "none yet"
+        lineage["Tracked files"] = {True: "differ from the commit", False: "as committed", None: "not committed yet"}[
+            now.dirty
+        ]
+    return lineage
+
+
+def _contacts(path: Path) -> dict[str, Any]:
+    value = _json(path)
+    maps = [
+        ContactMap(str(m["id"]), str(m["sequence"]), tuple((int(i), int(j), int(p)) for i, j, p in m["pairs"]))
+        for m in value["maps"]
+    ]
+    for one in maps:
+        if not all(1 <= i < j <= len(one.sequence) for i, j, _ in one.pairs):
+            raise ValueError(one.id)
+    return {"status": str(value["status"]), "maps": maps}
 
 
 def _json(path: Path) -> dict[str, Any]:
     value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return value
+
+
+def _rows(here: Project, source: str, of_row: Callable[[dict[str, str]], Made]) -> list[Made]:
+    return _loaded(here, source, lambda _: [of_row(row) for row in read_csv(here, source)])
+
+
+def _loaded(here: Project, source: str, read: Callable[[Path], Made]) -> Made:
+    """Return a result that another stage wrote.
+
+    Raises
+    ------
+    StorageError
+        When there is none, or it can't be read.
+
+    """
+    try:
+        return read(here.work / source)
+    except ProteusError:
+        raise
+    except FileNotFoundError as error:
+        raise StorageError(f"{source} does not exist", _AGAIN) from error
+    except OSError as error:
+        raise storage_error("read", here.work / source, error) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise StorageError(f"{source} is damaged", _AGAIN) from error

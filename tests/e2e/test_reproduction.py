@@ -36,7 +36,7 @@ def write_fasta(clone: Clone, name: str, proteins: dict[str, str]) -> str:
 
 def test_a_first_run_computes_everything_and_gives_a_result(clone: Clone) -> None:
     assert clone.log["embed"]["sequences"] == 100
-    assert "100" in clone.first and "stages run: prepare, embed, probe, compare, report" in clone.first  # type: ignore[attr-defined]
+    assert "100" in clone.first and "stages run: prepare, embed, probe, compare, contacts, report" in clone.first  # type: ignore[attr-defined]
     probe = json.loads((clone.root / "metrics.json").read_text())["probe"]
     assert probe["embedding"]["accuracy"] >= 0.65
     assert probe["embedding"]["accuracy"] - probe["composition"]["accuracy"] >= 0.08
@@ -65,7 +65,7 @@ def test_the_committed_lock_is_of_this_code(clone: Clone) -> None:
         }
 
     committed = inputs(clone.git("show", "HEAD~1:dvc.lock"))
-    assert set(committed) == {"compose", "prepare", "embed", "probe", "compare", "report"}
+    assert set(committed) == {"compose", "prepare", "embed", "probe", "compare", "contacts", "report"}
     assert committed == inputs((clone.root / "dvc.lock").read_text())
 
 

@@ -100,6 +100,7 @@ class Lab:
         *,
         told: Told | None = None,
         fail_after: int | None = None,
+        device_class: str = "cpu/test",
     ) -> Outcome:
         self.last = Counting(self._encoder, fail_after)
         outcome = embed(
@@ -108,7 +109,7 @@ class Lab:
             recipe=recipe,
             cache=EmbeddingCache(self.path),
             encoder=self.last,
-            attest=lambda: ("cpu/test", "2.0.0"),
+            attest=lambda: (device_class, "2.0.0"),
             token_budget=100,
             progress=told,
         )
@@ -148,6 +149,27 @@ def test_what_is_computed_once_is_not_computed_again(lab: Lab):
     assert {a.device_class for a in attested} == {"cpu/test"}
     stats = EmbeddingCache(lab.path).stats()
     assert (stats["entries"], stats["hits"], stats["misses"]) == (12, 12, 12)
+
+
+def test_what_a_gpu_computed_is_saved_gpu_time(lab: Lab):
+    lab.embed(SEQUENCES[:6], device_class="cuda/sm_90")
+    lab.embed(SEQUENCES[6:])
+    on_gpu, on_cpu = lab.embed(SEQUENCES[:6]), lab.embed(SEQUENCES[6:])
+    assert on_gpu.saved_gpu_seconds == on_gpu.saved_seconds > 0
+    assert on_cpu.saved_gpu_seconds == 0 < on_cpu.saved_seconds
+    both = lab.embed(SEQUENCES)
+    assert both.saved_gpu_seconds == pytest.approx(on_gpu.saved_seconds)
+
+
+def test_each_miss_is_explained(lab: Lab):
+    lab.embed(SEQUENCES[:3])
+    outcome = lab.embed(SEQUENCES[:4], Recipe(layer=1))
+    assert outcome.misses == {"layer": 3, "never seen": 1}
+    assert {m.sequence: m.differs for m in outcome.explained} == dict.fromkeys(SEQUENCES[:3], ("layer",)) | {
+        SEQUENCES[3]: ("never seen",)
+    }
+    assert outcome.explained[0].nearest is not None and outcome.explained[0].nearest["layer"] == 2
+    assert lab.embed(SEQUENCES[:4], Recipe(layer=1)).explained == ()
 
 
 def test_one_new_sequence_is_one_computed(lab: Lab):

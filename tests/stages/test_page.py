@@ -1,96 +1,24 @@
 from __future__ import annotations
 
-import html.parser
+import base64
 import json
 import re
+import zlib
 from dataclasses import replace
 from itertools import pairwise
 
-import numpy as np
 import plotly.graph_objects as go
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pages import HOSTILE, Reader, a_page, words
 from plotly.offline import get_plotlyjs
 
+from proteus_pipeline.stages import figures, wording
 from proteus_pipeline.stages import page as module
-from proteus_pipeline.stages.drift import Drift, drift, summarise
-from proteus_pipeline.stages.page import COLOURS, Page, Point, render
-from proteus_pipeline.stages.probing import ProbeSettings, probe, project
-
-HOSTILE = (
-    """</script><script>alert("x")</script><img src=x onerror='alert(1)'>&amp;<!--{{ 7 * 7 }}<a href="http://x">"""
-)
-
-
-class Reader(html.parser.HTMLParser):
-    """A page as a browser would take it: its elements, its text outside scripts, and its scripts."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.scripts: list[tuple[dict[str, str | None], str]] = []
-        self.inside: dict[str, str | None] | None = None
-        self.skipping = False
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs)))
-        if tag == "script":
-            self.inside = dict(attrs)
-            self.scripts.append((self.inside, ""))
-        self.skipping = tag == "style"
-
-    def handle_endtag(self, tag):
-        if tag == "script":
-            self.inside = None
-        if tag == "style":
-            self.skipping = False
-
-    def handle_data(self, data):
-        if self.inside is not None:
-            self.scripts[-1] = (self.inside, self.scripts[-1][1] + data)
-        elif not self.skipping:
-            self.text += data
-
-    def figure(self, name):
-        [text] = [text for attributes, text in self.scripts if attributes.get("id") == f"figure-{name}"]
-        return json.loads(text)
-
-    def figures(self):
-        return {str(a["id"]).removeprefix("figure-"): json.loads(text) for a, text in self.scripts if "id" in a}
-
-    def all(self, tag):
-        return [attributes for name, attributes in self.elements if name == tag]
-
-
-def words(reader):
-    return " ".join(reader.text.split())
-
-
-def a_page(task="classification", rename=str, relabel=str):
-    rng = np.random.default_rng(0)
-    ids = [rename(f"p{i}") for i in range(36)]
-    vectors = rng.normal(size=(36, 6)).astype(np.float32)
-    vectors[:, 0] += np.arange(36) % 3 * 2
-    texts = ["".join(row) for row in rng.choice(list("ACDEFGHIKL"), (36, 20))]
-    labels = [relabel("abc"[i % 3]) if task == "classification" else str(i / 4) for i in range(36)]
-    result = probe(ids, vectors, texts, dict(zip(ids[:33], labels, strict=False)), {}, ProbeSettings())
-    other = vectors + rng.normal(size=vectors.shape) * 0.01
-    drifts = drift(ids, list(vectors), list(other))
-    return Page(
-        title="Locations",
-        lineage={"Model": "esm2@v1.0.0", "Trunk digest": "0123456789abcdef" * 2},
-        metrics=result.metrics,
-        predictions=result.predictions,
-        points=[
-            Point(name, float(x), float(y), label if i < 33 else "")
-            for i, (name, label, (x, y)) in enumerate(zip(ids, labels, project(vectors), strict=True))
-        ],
-        compare={"candidate": "esm2@v1.1.0", "drift": summarise(drifts), "probe": result.metrics},
-        drifts=drifts,
-    )
+from proteus_pipeline.stages.drift import Drift, summarise
+from proteus_pipeline.stages.figures import COLOURS, Point
+from proteus_pipeline.stages.page import render
 
 
 @pytest.fixture(scope="module")
@@ -131,15 +59,19 @@ def test_the_page_loads_nothing(read):
     assert all(str(a["href"]).startswith("#") for a in read.all("a"))
 
 
-def test_nothing_but_plotly_itself_names_an_address(classified):
-    text = render(classified)
-    assert text.count(get_plotlyjs()) == 1
-    own = text.replace(get_plotlyjs(), "")
+def test_nothing_but_plotly_itself_names_an_address(classified, read):
+    [packed] = read.plotly
+    assert zlib.decompress(base64.b64decode(packed)).decode() == get_plotlyjs()
+    own = render(classified).replace(packed, "")
     assert not re.search(r"https?:|//[a-z]|url\(|@import|fetch\(|XMLHttp|import\(", own)
 
 
+def test_the_page_is_small(classified):
+    assert len(render(classified)) < 2_200_000
+
+
 def test_the_figures_are_never_offered_to_a_cloud(classified):
-    own = render(classified).replace(get_plotlyjs(), "")
+    own = render(classified)
     assert 'showSendToCloud: false, plotlyServerURL: ""' in own
 
 
@@ -152,21 +84,22 @@ def test_headings_ids_and_tables_are_in_order(read):
     assert len(ids) == len(set(ids))
     assert {str(a["href"])[1:] for a in read.all("a")} <= set(ids)
     assert {a["aria-labelledby"] for _, a in read.elements if "aria-labelledby" in a} <= set(ids)
-    assert len(read.all("caption")) == len(read.all("table")) == 5
+    assert len(read.all("caption")) == len(read.all("table")) == 7
     assert all(a.get("scope") in {"col", "row"} for a in read.all("th"))
     assert read.all("html") == [{"lang": "en"}]
 
 
 def test_plots_and_figures_go_together(read):
     drawn = [a["data-figure"] for a in read.all("div") if "data-figure" in a]
-    assert sorted(drawn) == sorted(read.figures()) == ["drift", "map", "scores"]
+    assert sorted(drawn) == sorted(read.figures()) == ["contacts-0", "contacts-1", "drift", "map", "scores"]
 
 
 @pytest.mark.parametrize("task", ["classification", "regression"])
 def test_plotly_knows_every_property(task):
-    figures = Reader(render(a_page(task))).figures()
-    assert set(figures) == {"scores", "map", "drift"} | ({"fit"} if task == "regression" else set())
-    for figure in figures.values():
+    drawn = Reader(render(a_page(task))).figures()
+    always = {"scores", "map", "drift", "contacts-0", "contacts-1"}
+    assert set(drawn) == always | ({"fit"} if task == "regression" else set())
+    for figure in drawn.values():
         go.Figure(figure)
 
 
@@ -189,10 +122,10 @@ def test_the_confusion_matrix_counts_the_predictions(classified):
 
 
 def test_many_classes_are_folded_into_one(classified):
-    count = module.MAX_CLASSES + 5
+    count = figures.MAX_CLASSES + 5
     predictions = [replace(classified.predictions[0], actual=f"c{i:02}", predicted=f"c{i:02}") for i in range(count)]
     matrix = module._confusion(replace(classified, predictions=[*predictions, predictions[0]]))
-    assert len(matrix["names"]) == module.MAX_CLASSES
+    assert len(matrix["names"]) == figures.MAX_CLASSES
     assert matrix["names"][-1] == "(other classes)"
     assert sum(row["total"] for row in matrix["rows"]) == count + 1
     assert {row["recall"] for row in matrix["rows"]} == {"100%"}
@@ -211,7 +144,9 @@ def test_regression_has_a_scatter_and_no_matrix():
 
 def test_without_labels_there_is_a_sentence_and_no_empty_plot(classified):
     points = [replace(point, label="") for point in classified.points]
-    page = replace(classified, metrics={"status": "no labels"}, predictions=(), points=points, compare=None, drifts=())
+    page = replace(
+        classified, metrics={"status": "no labels"}, predictions=(), points=points, compare=None, drifts=(), contacts=()
+    )
     read = Reader(render(page))
     assert "No labels were given, so nothing was predicted." in words(read)
     assert list(read.figures()) == ["map"]
@@ -222,14 +157,16 @@ def test_without_labels_there_is_a_sentence_and_no_empty_plot(classified):
 @pytest.mark.parametrize(("task", "need"), [("classification", "two classes"), ("regression", "four proteins")])
 def test_too_few_labels_are_said_to_be(classified, task, need):
     metrics = {"status": "too few labels", "task": task, "labelled": 3}
-    read = Reader(render(replace(classified, metrics=metrics, predictions=(), compare=None, drifts=())))
+    read = Reader(render(replace(classified, metrics=metrics, predictions=(), compare=None, drifts=(), contacts=())))
     assert "too few labels for a probe: 3 proteins are labelled" in words(read)
     assert need in words(read)
 
 
 def test_with_nothing_to_draw_plotly_stays_out(classified):
     text = render(
-        replace(classified, metrics={"status": "no labels"}, predictions=(), points=(), compare=None, drifts=())
+        replace(
+            classified, metrics={"status": "no labels"}, predictions=(), points=(), compare=None, drifts=(), contacts=()
+        )
     )
     assert "A map needs at least 3 proteins; there are 0." in words(Reader(text))
     assert len(text) < 50_000
@@ -285,9 +222,9 @@ def test_hostile_names_are_text_everywhere(classified):
 
 def test_plotly_gets_no_markup_but_its_own():
     page = a_page(rename=lambda name: name + HOSTILE, relabel=lambda label: label + HOSTILE)
-    figures = Reader(render(page)).figures().values()
-    shown = [text for figure in figures for trace in figure["data"] for text in trace.get("hovertext", [])]
-    shown += [trace["name"] for figure in figures for trace in figure["data"] if "name" in trace]
+    drawn = Reader(render(page)).figures().values()
+    shown = [text for figure in drawn for trace in figure["data"] for text in trace.get("hovertext", [])]
+    shown += [trace["name"] for figure in drawn for trace in figure["data"] if "name" in trace]
     assert any("&lt;/script&gt;" in text for text in shown)
     assert {tag for text in shown for tag in re.findall(r"<[^>]*>?", text)} <= {"<b>", "</b>", "<br>"}
 
@@ -310,17 +247,17 @@ def test_figures_stand_inside_a_script(text):
     ],
 )
 def test_small_numbers_are_legible(value, text):
-    assert module._small(value) == text
+    assert wording.small(value) == text
 
 
 def test_large_pages_stay_small_and_say_so(classified):
-    count = module.MAX_POINTS * 3
+    count = figures.MAX_POINTS * 3
     points = [Point(f"p{i}", float(i), 0.0) for i in range(count)]
     predictions = [replace(classified.predictions[i % 33], id=f"p{i}") for i in range(count)]
     read = Reader(render(replace(classified, points=points, predictions=predictions)))
     assert "4,000 of 12,000 proteins are drawn" in words(read)
     assert "The first 500 of 12,000 predictions" in words(read)
     drawn = read.figure("map")["data"][0]["x"]
-    assert len(drawn) == module.MAX_POINTS
+    assert len(drawn) == figures.MAX_POINTS
     assert drawn == sorted(set(drawn))
     assert drawn[-1] > count - 4
