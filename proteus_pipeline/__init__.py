@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from proteus_pipeline.errors import (
         CacheInvalidationError,
         CacheMemoryError,
+        ClusterError,
         CompatibilityError,
         ConfigError,
         FormatError,
@@ -46,6 +47,7 @@ _HOMES = {
 __all__ = [
     "CacheInvalidationError",
     "CacheMemoryError",
+    "ClusterError",
     "CompatibilityError",
     "ConfigError",
     "DistributedVersionManager",

@@ -15,6 +15,7 @@
     ├── StorageError            (OSError)       exit 1   bytes could not be read, fetched or written
     │   └── IntegrityError                      exit 4   bytes are there, and are not what their digest says
     │       └── FormatError                     exit 4   a file is of another version of its format
+    ├── ClusterError            (RuntimeError)  exit 1   a cluster could not be had, or not compute all it was given
     ├── CacheMemoryError        (MemoryError)   exit 1   a model does not fit in the memory it may use
     └── CacheInvalidationError  (RuntimeError)  exit 1   an invalidation could not be carried out
 
@@ -111,6 +112,10 @@ class IntegrityError(StorageError):
 
 class FormatError(IntegrityError):
     """A file is of another version of its format: whoever wrote it can read it, and it is left alone."""
+
+
+class ClusterError(ProteusError, RuntimeError):
+    """A cluster could not be had, or did not compute all that it was given."""
 
 
 class CacheMemoryError(ProteusError, MemoryError):

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 from conftest import make_checkpoint
+from groups import Group
 from layouts import write_official
 from loopback import serving
+from redis_server import redis_server
 
 from proteus_pipeline.models import download
 
@@ -56,6 +58,31 @@ def test_basic_version_control(outside: Path):
     assert bound.version == model_v1
     (vector,) = bound.embed(["MKTAYIAKQRQISFVKSHFSRQ"])
     assert vector.shape == (32,)
+
+
+def test_with_distributed_systems(outside: Path, group: Group, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PROTEUS_S3_URL", group.url)
+    monkeypatch.setenv("PROTEUS_GIT_REMOTE", str(group.hub))
+    with redis_server(outside / "redis") as server:
+        monkeypatch.setenv("PROTEUS_REDIS_URL", server.url)
+
+        from proteus_pipeline import DistributedVersionManager
+
+        dist_manager = DistributedVersionManager(storage_backend="s3", cache_backend="redis")
+
+        from proteus_pipeline import ModelInterface
+
+        model = ModelInterface(name="esm2_t33_650M_UR50D")
+        dist_manager.register_version(model, "1.0.0", {"training_data": "UR50D"})
+        monkeypatch.setenv("HOME", str(outside / "another"))
+        there = DistributedVersionManager(storage_backend="s3", cache_backend="redis")
+        assert there.root != dist_manager.root
+        version = there.get_version("esm2_t33_650M_UR50D", "1.0.0")
+        assert version.checkpoint.model_digest == model.checkpoint.model_digest
+        (vector,) = ModelInterface("esm2_t33_650M_UR50D", there).embed(["MKTAYIAKQRQISFVKSHFSRQ"])
+        assert vector.shape == (32,)
+        # What the group has already is no conflict.
+        assert there.register_version(ModelInterface("esm2_t33_650M_UR50D"), "1.0.0").oid == version.oid
 
 
 def test_the_api_reference_and_the_options(outside: Path):

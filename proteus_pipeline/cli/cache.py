@@ -45,7 +45,7 @@ def add_to(verbs: Any) -> None:
     _add(these, "explain", _explain, "why each miss of a file, or of one protein, is one", "[FASTA|ID]")
     verify = _add(these, "verify", _verify, "compare everything that is stored with its checksums; exit 4 on damage")
     verify.add_argument("--repair", action="store_true", help="quarantine what is damaged, compute or pull it again")
-    verify.add_argument("--from", dest="source", type=Path, metavar="CACHE", help="with --repair, pull from this cache")
+    verify.add_argument("--from", dest="source", metavar="CACHE", help="with --repair, pull from this folder or S3 URL")
     audit = _add(these, "audit", _audit, "compute a sample of what is stored again; exit 3 on drift", "[FASTA]")
     audit.add_argument("--sample", type=int, default=20, metavar="N", help="how many (default 20)")
     invalidate = _add(these, "invalidate", _invalidate, "hide all embeddings of a version's weights", "REF")
@@ -58,10 +58,10 @@ def add_to(verbs: Any) -> None:
     gc.add_argument("--dry-run", action="store_true", help="only say what would go")
     _add(these, "warm", _warm, "compute what a file would miss, and have its segments in memory", "[FASTA]")
     for name, run, text in (
-        ("push", _push, "copy what another cache lacks to it"),
-        ("pull", _pull, "copy what this cache lacks from another one"),
+        ("push", _push, "copy what another cache lacks to it: a folder, or s3://BUCKET/PREFIX"),
+        ("pull", _pull, "copy what this cache lacks from another one: a folder, or s3://BUCKET/PREFIX"),
     ):
-        parser = _add(these, name, run, text, "CACHE")
+        parser = _add(these, name, run, text, "[CACHE]")
         parser.add_argument("--model", metavar="REF", help="only embeddings of this version's weights")
         parser.add_argument("--dry-run", action="store_true", help="only say how much there is")
     load = _add(these, "import", _import, "take embeddings from a .npz or a folder of fair-esm's .pt files", "FILE")
@@ -211,22 +211,23 @@ def _whose(miss: Miss, names: dict[str, list[str]]) -> list[str]:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from proteus_pipeline.stages.caching import compute_lost
+    from proteus_pipeline.stages.caching import compute_lost, other_cache
     from proteus_pipeline.stages.compose import check_is_cache
 
     cache = _cache(args)
     if args.source and not args.repair:
         raise ConfigError("--from pulls what --repair quarantines", "give both")
-    if args.source:
-        check_is_cache(args.source, "--from")
+    source = other_cache(_project(), cache, args.source) if args.source else None
+    if isinstance(source, Path):
+        check_is_cache(source, "--from")
     verified = cache.verify(repair=args.repair)
     left = [f for f in verified.findings if not f.repaired]
     if not args.json:
         _print_verified(cache, verified)
     pulled = computed = None
     try:
-        if args.source:
-            pulled = cache.pull(args.source)
+        if source:
+            pulled = cache.pull(source)
             if not args.json:
                 print(f"  {pulled.entries} entries pulled from {args.source}", flush=True)
         computed = compute_lost(_project(), _words(args)[1]) if args.repair and verified.findings else 0
@@ -339,16 +340,18 @@ def _pull(args: argparse.Namespace) -> int:
 
 
 def _copy(args: argparse.Namespace, *, push: bool) -> int:
-    from proteus_pipeline.stages.caching import settings_cache, trunk_of
+    from proteus_pipeline.stages.caching import other_cache, settings_cache, trunk_of
     from proteus_pipeline.stages.compose import check_is_cache
 
-    other, overrides = _words(args)
+    word, overrides = _words(args)
     project = _project()
     cache = settings_cache(project, overrides)
-    if not push:
-        check_is_cache(Path(str(other)), "cache pull")
+    there = other_cache(project, cache, word)
+    if not push and isinstance(there, Path):
+        check_is_cache(there, "cache pull")
+    other = there if isinstance(there, (str, Path)) else there.location
     trunk = trunk_of(project, args.model)[1] if args.model else ""
-    copied = (cache.push if push else cache.pull)(str(other), trunk=trunk, dry_run=args.dry_run)
+    copied = (cache.push if push else cache.pull)(there, trunk=trunk, dry_run=args.dry_run)
     if args.json:
         print(json.dumps(dataclasses.asdict(copied) | {"dry_run": args.dry_run}))
         return 0

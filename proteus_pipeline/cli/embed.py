@@ -25,6 +25,11 @@ def add_to(verbs: Any) -> None:
         help="write the embeddings too; OUT ends in .npz, .zarr, .parquet, .h5ad (AnnData, pooled only), .h5 (as"
         " bio_embeddings) or .pt (a folder of ID.pt files, as fair-esm's extract.py)",
     )
+    this.add_argument(
+        "--shard",
+        metavar="I/N",
+        help="only part I of N, for the tasks of a job array: the same part whoever asks, each distinct sequence in one",
+    )
     this.add_argument("--json", action="store_true", help="print the counts as JSON")
     this.set_defaults(run=_run)
 
@@ -32,13 +37,15 @@ def add_to(verbs: Any) -> None:
 def _run(args: argparse.Namespace) -> int:
     from proteus_pipeline.cli.progress import EmbeddingProgress
     from proteus_pipeline.cli.stage import told
+    from proteus_pipeline.embeddings.shards import Part
     from proteus_pipeline.stages.adhoc import embed_file
     from proteus_pipeline.stages.embed import summary
     from proteus_pipeline.stages.notes import quiet
     from proteus_pipeline.stages.project import Project
 
+    part = Part.parse(args.shard) if args.shard is not None else None
     with EmbeddingProgress("embed") as progress:
-        outcome = embed_file(Project.find(), args.fasta, args.overrides, args.output, progress)
+        outcome = embed_file(Project.find(), args.fasta, args.overrides, args.output, progress, part)
     if args.json:
         import json
 

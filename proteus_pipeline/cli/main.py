@@ -24,6 +24,7 @@ examples:
   proteus embed my.fasta -o my.npz                embeddings of a file of your own
   proteus model list                              versions of the models
   proteus verify                                  check a committed result, in a fresh clone
+  proteus monitor                                 how all of that is used, as Prometheus text
   proteus doctor                                  what is missing or inconsistent here, and the remedy
 
 Each verb has examples of its own: proteus VERB --help.
@@ -32,7 +33,7 @@ exit codes: 0 ok, 1 error, 2 usage, 3 drift or stale, 4 integrity, 5 conflict
 """
 
 
-_VERBS = ("init", "run", "embed", "model", "cache", "verify", "doctor", "completion", "stage")
+_VERBS = ("init", "run", "embed", "model", "cache", "verify", "monitor", "doctor", "completion", "stage")
 # How much is said: for this process, and those that DVC starts for the stages (stages/notes.py has the first).
 _QUIET, _VERBOSE = "PROTEUS_QUIET", "PROTEUS_VERBOSE"
 
@@ -93,8 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = _parsed(sys.argv[1:] if argv is None else list(argv))
         debug = args.debug
-        _prepare(args)
-        code: int = args.run(args)
+        code = _run(args)
         sys.stdout.flush()
     except ProteusError as error:
         if debug:
@@ -132,9 +132,9 @@ def _parsed(words: list[str]) -> argparse.Namespace:
     if rest:
         args.overrides += rest
     if args.print_version:
-        args.run = _version
+        args.run, args.quick = _version, True
     elif not hasattr(args, "run"):
-        args.run = lambda _: _help(top)
+        args.run, args.quick = lambda _: _help(top), True
     return args
 
 
@@ -152,6 +152,31 @@ def _version(_: argparse.Namespace) -> int:
 
 def _complain(text: str) -> None:
     print(f"{painted('proteus:', 'red', sys.stderr)} {text}", file=sys.stderr)
+
+
+def _run(args: argparse.Namespace) -> int:
+    """Run a command; what one that may work for long counts, and how it ended, is kept for ``proteus monitor``."""
+    from proteus_pipeline.registry.places import project_root
+
+    code: int
+    root = None if getattr(args, "quick", False) else project_root()
+    _prepare(args)
+    if root is None:
+        code = args.run(args)
+        return code
+    from proteus_pipeline.metrics.catalogue import CODES
+    from proteus_pipeline.registry.home import private_folder
+    from proteus_pipeline.stores.counts import FOLDER, count, counting
+
+    with counting(lambda: private_folder(root) / FOLDER):
+        try:
+            code = args.run(args)
+        except ProteusError as error:
+            count("proteus_command_errors_total", code=str(error.exit_code))
+            raise
+        if str(code) in CODES:
+            count("proteus_command_errors_total", code=str(code))
+    return code
 
 
 def _prepare(args: argparse.Namespace) -> None:

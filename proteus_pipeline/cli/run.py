@@ -57,6 +57,7 @@ def _table(summary: RunSummary, name: str) -> str:
             continue
         cells = f"{facts['sequences']:>10}{facts['hits']:>8}{facts['derived']:>9}{facts['computed']:>10}"
         note = "  unchanged" if facts["status"] == "unchanged" else ""
+        note = note or (f"  on {facts['workers']} workers" if facts.get("workers") else "")
         lines.append(f"  {stage:<9}{cells}{facts['seconds']:>9.1f}{note}")
     for stage, facts in summary.stages.items():
         if facts.get("computed") and facts.get("misses"):

@@ -48,5 +48,7 @@ def told(outcome: Outcome) -> str:
         f"{outcome.sequences} sequences: {outcome.hits} hits{redis}, {outcome.derived} derived, "
         f"{outcome.computed} computed in {outcome.seconds:.1f} s"
     )
+    if outcome.workers:
+        text += f" on {outcome.workers} worker{'s' if outcome.workers > 1 else ''}"
     twins = outcome.sequences - outcome.unique
     return f"{text} ({twins} of them equal to another)" if twins else text

@@ -27,7 +27,7 @@ CONF = "conf"
 PARAMS = "params.yaml"
 COMMAND_LINE = "the command line"
 # The groups of settings: conf/ has a folder for each. (conf/model/ is the catalogue of weights: `model=` is a version.)
-SECTIONS = ("data", "embedding", "probe", "cache", "runtime")
+SECTIONS = ("data", "embedding", "probe", "cache", "runtime", "cluster")
 # Where params.yaml keeps which file of a group is chosen, apart from the group's own keys.
 _CHOICE = "groups."
 

@@ -46,6 +46,8 @@ class CacheSettings:
     max_bytes: int | None = None
     policy: str = MISSING
     redis: str | None = None
+    local_bytes: int = MISSING
+    write_back: bool = MISSING
 
 
 @dataclass
@@ -56,6 +58,29 @@ class RuntimeSettings:
     threads: int | None = None
     tokens_per_batch: int = MISSING
     max_memory_gb: float | None = None
+
+
+@dataclass
+class ClusterSettings:
+    """Where ``engine=dask`` computes; nothing here changes a number either."""
+
+    kind: str = MISSING
+    workers: int = MISSING
+    threads: int | None = None
+    shard_tokens: int = MISSING
+    wait_minutes: float = MISSING
+    scheduler: str | None = None
+    tls_ca: str | None = None
+    tls_cert: str | None = None
+    tls_key: str | None = None
+    insecure: bool = MISSING
+    queue: str | None = None
+    account: str | None = None
+    walltime: str = MISSING
+    cores: int = MISSING
+    memory: str = MISSING
+    interface: str | None = None
+    directives: list[str] = MISSING
 
 
 @dataclass
@@ -82,3 +107,4 @@ class Settings:
     probe: ProbeSection = field(default_factory=ProbeSection)
     cache: CacheSettings = field(default_factory=CacheSettings)
     runtime: RuntimeSettings = field(default_factory=RuntimeSettings)
+    cluster: ClusterSettings = field(default_factory=ClusterSettings)

@@ -6,6 +6,7 @@ Layout, under one folder::
     index/<time_ns>-<random>.idx     what makes them visible (index.py)
     runs/<time_ns>-<random>.run      many indexes merged
     events/<time_ns>-<random>.json   what hides them again (events.py)
+    shared/<place>/                  indexes of other caches, in buckets, that are read through this one (shared.py)
     uses.jsonl                       look-ups, one line a run (usage.py)
 
 A writer publishes a segment, then its index, each written beside its place, flushed and renamed. Names are unique, so
@@ -27,18 +28,30 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from proteus_pipeline.embeddings.events import make_event, write_event
+from proteus_pipeline.embeddings.exchange import Copied, copy
 from proteus_pipeline.embeddings.hot import HotTier
 from proteus_pipeline.embeddings.index import Attestation, SegmentHeader
 from proteus_pipeline.embeddings.leases import Lease, lease
 from proteus_pipeline.embeddings.publication import SEGMENTS, Publication, check_entry
 from proteus_pipeline.embeddings.reading import Reader, ahead
 from proteus_pipeline.embeddings.recipe import Recipe
+from proteus_pipeline.embeddings.shared import (
+    LOCAL_BYTES,
+    WriteBack,
+    check_has_cache,
+    merge_far,
+    open_shared,
+    open_tier,
+    reading_ahead,
+)
 from proteus_pipeline.embeddings.stored import NUMPY_DTYPES, to_fp32
 from proteus_pipeline.embeddings.usage import last_used, record_use, uses
 from proteus_pipeline.embeddings.visible import Entry, Found, Visible
 from proteus_pipeline.errors import CacheInvalidationError, ConfigError, IntegrityError, StorageError
 from proteus_pipeline.eviction import policies as eviction
-from proteus_pipeline.stores.store import LocalStore
+from proteus_pipeline.stores.counts import count
+from proteus_pipeline.stores.read_through import ReadThrough
+from proteus_pipeline.stores.store import LocalStore, Store
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -46,7 +59,6 @@ if TYPE_CHECKING:
     from proteus_pipeline.embeddings.checking import Audited, Verified
     from proteus_pipeline.embeddings.computing import Embedded
     from proteus_pipeline.embeddings.events import CacheEvent
-    from proteus_pipeline.embeddings.exchange import Copied
     from proteus_pipeline.embeddings.explaining import Miss, Plan
     from proteus_pipeline.embeddings.housekeeping import Cleaning
     from proteus_pipeline.serving.interface import ModelInterface
@@ -96,7 +108,12 @@ class EmbeddingCache:
     device_class
         Returns this machine's class; called only where entries differ in theirs.
     shared
-        Another cache's folder, beneath this one: read where this one lacks an entry, and never written.
+        Another cache, beneath this one: a folder or ``s3://BUCKET/PREFIX``, read where this one lacks an entry. One in a
+        bucket that does not answer is done without, with one warning.
+    local_bytes
+        Of a shared cache in a bucket, what its indexes may take here, in ``shared/``.
+    write_back
+        Whether new segments are published to the shared cache too.
     max_bytes
         What segments and indexes may take; None for no limit. Whole segments are evicted at the end of a run.
     policy
@@ -107,7 +124,7 @@ class EmbeddingCache:
     Raises
     ------
     ConfigError
-        For an unknown `accept` or `policy`, or a limit that is none.
+        For an unknown `accept` or `policy`, a limit that is none, or a `shared` that is no place.
 
     """
 
@@ -121,6 +138,8 @@ class EmbeddingCache:
         max_bytes: int | None = None,
         policy: str = "lru",
         redis: RedisClient | None = None,
+        local_bytes: int = LOCAL_BYTES,
+        write_back: bool = False,
     ) -> None:
         if accept not in ACCEPT:
             raise ConfigError(f"cache.accept is {accept!r}", f"use one of {', '.join(ACCEPT)}")
@@ -128,7 +147,7 @@ class EmbeddingCache:
             raise ConfigError(f"cache.max_bytes is {max_bytes}", "use a number of bytes above 0, or null for no limit")
         if policy not in POLICIES:
             raise ConfigError(f"cache.policy is {policy!r}", f"use one of {', '.join(POLICIES)}")
-        self._max_bytes, self._policy = max_bytes, policy
+        self.max_bytes, self._policy = max_bytes, policy
         self.path = Path(path)
         self.store = LocalStore(self.path)
         self.visible = Visible(self.store)
@@ -136,8 +155,14 @@ class EmbeddingCache:
         self._device_class = device_class or _this_device_class
         only_mine = self._device_class if accept == "same_class" else None
         self.hot = HotTier(redis, only_mine) if redis else None
-        self._beneath = LocalStore(shared) if shared else None
-        self._visible_beneath = Visible(self._beneath, self.visible) if self._beneath else None
+        self.shared = shared
+        self._local_bytes = local_bytes
+        self._beneath, self._visible_beneath = open_shared(shared, self.path, local_bytes, self.visible)
+        self._write_back = (
+            WriteBack(self.store, shared, self._beneath) if write_back and shared and self._beneath else None
+        )
+        if write_back and not self._write_back:
+            raise ConfigError("cache.write_back is true, and there is no shared cache", "set cache.shared, or false")
         self._looking = threading.Lock()  # readers ahead look up one at a time
         self._reader = Reader([self.store, *([self._beneath] if self._beneath else [])])
 
@@ -237,7 +262,10 @@ class EmbeddingCache:
         unique = list(dict.fromkeys(keys))
         by_key = self.candidates(unique)
         found = [by_key[key] for key in unique if key in by_key]
-        if sum(entries[0].nbytes for entries in found) > _WORTH_THREADS:
+        here = self.visible.segments()
+        if isinstance(self._beneath, ReadThrough) and any(entries[0].segment not in here for entries in found):
+            yield from filter(None, ahead(self._first_sound, reading_ahead(self._beneath, found, here)))
+        elif sum(entries[0].nbytes for entries in found) > _WORTH_THREADS:
             yield from filter(None, ahead(self._first_sound, found))
         else:
             yield from filter(None, map(self._first_sound, found))
@@ -261,6 +289,8 @@ class EmbeddingCache:
     def _warn(self, failed: Mapping[Entry, StorageError]) -> None:
         """Say what is damaged, or gone though it is listed; what was evicted or merged meanwhile is nobody's fault."""
         for entry, error in failed.items():
+            if isinstance(error, IntegrityError):
+                count("proteus_integrity_findings_total", of="embeddings")
             if isinstance(error, IntegrityError) or entry.segment in self.visible.segments():
                 _log.warning("%s", error)
 
@@ -268,7 +298,8 @@ class EmbeddingCache:
         """Return all entries of a key as they are now, here and beneath."""
         found = self.look_up([key])
         if self._visible_beneath:
-            found.append(self._visible_beneath.find([key], mine=self._device_class))
+            only = self._accept == "same_class"
+            found.append(self._visible_beneath.find([key], mine=self._device_class, only_mine=only))
         return [entry for part in found for entry in part.entries()]
 
     def get(self, key: str, residues: slice | None = None) -> NDArray[np.float32] | None:
@@ -369,7 +400,7 @@ class EmbeddingCache:
             return array
         raise IntegrityError(f"entry {key} in {self.path} is damaged", "run: proteus cache verify --repair")
 
-    def begin(self, trunk: str, recipe: Recipe, published: int | None = None) -> Publication:
+    def begin(self, trunk: str, recipe: Recipe, published: int | None = None, *, new: bool = True) -> Publication:
         """Begin a segment of entries by some weights and a recipe.
 
         Parameters
@@ -378,6 +409,8 @@ class EmbeddingCache:
             Of its entries.
         published
             As for `proteus_pipeline.embeddings.publication.Publication`: of what follows from older entries, their time.
+        new
+            Whether its entries are new, and so written back to the shared cache where that is asked for.
 
         Raises
         ------
@@ -388,7 +421,7 @@ class EmbeddingCache:
         # What an invalidation hides is older than it, and this is not, whatever the clocks say.
         events = (e.time for e in self.visible.events if e.invalidates(trunk, recipe.described()))
         published = max(published or time.time_ns(), max(events, default=-1) + 1)
-        return Publication(self.store, trunk, recipe, published)
+        return Publication(self.store, trunk, recipe, published, self._write_back if new else None)
 
     def publish(
         self,
@@ -462,7 +495,7 @@ class EmbeddingCache:
         """
         from proteus_pipeline.embeddings.housekeeping import Cleaning, shrink
 
-        return Cleaning() if self._max_bytes is None else shrink(self, self._max_bytes, self._policy)
+        return Cleaning() if self.max_bytes is None else shrink(self, self.max_bytes, self._policy)
 
     def get_or_compute(
         self, sequences: Sequence[str], model: ModelInterface, recipe: Recipe, *, device: str = "cpu"
@@ -527,7 +560,10 @@ class EmbeddingCache:
         """Compare all that is stored with its checksums: `proteus_pipeline.embeddings.checking.verify`."""
         from proteus_pipeline.embeddings.checking import verify
 
-        return verify(self, repair=repair)
+        verified = verify(self, repair=repair)
+        if damaged := sum(finding.kind != "orphan" for finding in verified.findings):
+            count("proteus_integrity_findings_total", damaged, of="embeddings")
+        return verified
 
     def audit(
         self, sequences: Sequence[str], model: ModelInterface, recipe: Recipe, *, sample: int = 20, device: str = "cpu"
@@ -635,17 +671,39 @@ class EmbeddingCache:
             self.fit()
         return cleaning
 
-    def push(self, target: Path | str, *, trunk: str = "", dry_run: bool = False) -> Copied:
-        """Copy what another cache lacks to it: `proteus_pipeline.embeddings.exchange.copy`; of one trunk where given."""
-        from proteus_pipeline.embeddings.exchange import copy
+    def push(self, target: Store | Path | str, *, trunk: str = "", dry_run: bool = False) -> Copied:
+        """Copy what another cache lacks to it: `proteus_pipeline.embeddings.exchange.copy`.
 
-        return copy(self.store, LocalStore(target), wanted=lambda h: trunk in {"", h.trunk}, dry_run=dry_run)
+        Parameters
+        ----------
+        target
+            The other cache: a folder, ``s3://BUCKET/PREFIX``, or a store.
+        trunk
+            Only embeddings by these weights.
+        dry_run
+            Only count.
 
-    def pull(self, source: Path | str, *, trunk: str = "", dry_run: bool = False) -> Copied:
+        Raises
+        ------
+        IntegrityError
+            When a segment is damaged.
+        StorageError
+            When the one can't be read or the other not be written: what was copied stays, and a next push goes on from it.
+
+        """
+        there = open_tier(target, self.path, self._local_bytes)
+        copied = copy(self.store, there, wanted=lambda h: trunk in {"", h.trunk}, dry_run=dry_run)
+        if copied.segments and not dry_run:
+            after = Visible(there)
+            after.refresh()
+            merge_far(there, after)
+        return copied
+
+    def pull(self, source: Store | Path | str, *, trunk: str = "", dry_run: bool = False) -> Copied:
         """Copy what this cache lacks from another one: as `push`."""
-        from proteus_pipeline.embeddings.exchange import copy
-
-        return copy(LocalStore(source), self.store, wanted=lambda h: trunk in {"", h.trunk}, dry_run=dry_run)
+        there = open_tier(source, self.path, self._local_bytes)
+        check_has_cache(there)
+        return copy(there, self.store, wanted=lambda h: trunk in {"", h.trunk}, dry_run=dry_run)
 
     def preload(self, keys: Iterable[str]) -> int:
         """Ask the system to have the segments of some keys in memory soon; return how many segments those are."""

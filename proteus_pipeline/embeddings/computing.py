@@ -23,6 +23,7 @@ from proteus_pipeline.errors import StorageError
 from proteus_pipeline.models.encoder import TOKENS_PER_BATCH, Outputs
 from proteus_pipeline.models.memory import give_back, keep_large_arrays_apart
 from proteus_pipeline.models.pooling import finite, pool, pool_residues
+from proteus_pipeline.stores.counts import count
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -310,6 +311,8 @@ class Job:
         seconds = round(time.perf_counter() - lot.since, 6)
         header = lot.publication.publish(Attestation(device_class, torch_version, now(), seconds, lot.tokens))
         lot.published = True
+        count("proteus_embedding_tokens_total", lot.tokens)
+        count("proteus_embedding_compute_seconds", seconds)
         self.lease.release(lot.keys)
         self.cache.tidy()
         if hot := self.hot:

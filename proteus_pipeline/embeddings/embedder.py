@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from proteus_pipeline.embeddings.cache import EmbeddingCache
-from proteus_pipeline.embeddings.computing import Embedded, Job, Progress, spans_of, tokens_of
+from proteus_pipeline.embeddings.computing import Embedded, Progress, spans_of, tokens_of
 from proteus_pipeline.embeddings.deriving import derive, sources
+from proteus_pipeline.embeddings.engine import Done, Engine, LocalEngine, Work
 from proteus_pipeline.embeddings.explaining import counts, explain_missing
 from proteus_pipeline.embeddings.hot import PORTION, HotRun, alike
 from proteus_pipeline.embeddings.index import Attestation, now
@@ -17,13 +18,11 @@ from proteus_pipeline.embeddings.leases import Lease
 from proteus_pipeline.embeddings.publication import Publication
 from proteus_pipeline.embeddings.recipe import Recipe
 from proteus_pipeline.models.encoder import TOKENS_PER_BATCH
+from proteus_pipeline.stores.counts import count
 
 if TYPE_CHECKING:
     from proteus_pipeline.embeddings.visible import Entry
     from proteus_pipeline.models.encoder import Encoder
-
-# Measuring what the machine could do takes half a second.
-_WORTH_MEASURING = 50_000
 
 
 @dataclass(frozen=True)
@@ -44,6 +43,8 @@ class Outcome:
         Wall time in all.
     saved_seconds
         What the hits took when they were computed.
+    workers
+        How many processes of a cluster computed; 0 where this one did.
     misses
         How many were computed for which reason: `proteus_pipeline.embeddings.explaining.Miss.differs`.
 
@@ -58,6 +59,7 @@ class Outcome:
     tokens: int
     seconds: float
     saved_seconds: float
+    workers: int = 0
     misses: dict[str, int] = field(default_factory=dict)
     from_redis: int = 0
 
@@ -73,25 +75,20 @@ def embed(
     token_budget: int = TOKENS_PER_BATCH,
     progress: Progress | None = None,
 ) -> Outcome:
-    """Make sure that the cache holds the embedding of every sequence.
+    """Make sure that the cache holds the embedding of every sequence; what is missing is computed in this process.
 
-    Hits are read and checked, not only looked up: a damaged entry is computed again. What was computed is published as
-    it comes, and on any interruption, so that running again goes on where this stopped.
+    See `embed_by`.
 
     Parameters
     ----------
-    sequences
-        Normalised; equal ones are computed once.
-    trunk, recipe
-        The trunk digest of the weights that `encoder` holds; what to compute, and how to store it.
+    sequences, trunk, recipe, cache, progress
+        As for `embed_by`.
     encoder
-        Makes the encoder; called only when something must be computed.
+        Makes the encoder, over weights whose trunk digest is `trunk`; called only when something must be computed.
     attest
         Returns the device class and torch's version; called likewise.
     token_budget
         Tokens in one pass.
-    progress
-        Told how far the work is.
 
     Raises
     ------
@@ -99,12 +96,53 @@ def embed(
         When the cache can't be read or written.
 
     """
+    engine = LocalEngine(encoder, attest, token_budget)
+    return embed_by(engine, sequences, trunk=trunk, recipe=recipe, cache=cache, progress=progress)
+
+
+def embed_by(
+    engine: Engine,
+    sequences: Sequence[str],
+    *,
+    trunk: str,
+    recipe: Recipe,
+    cache: EmbeddingCache,
+    progress: Progress | None = None,
+) -> Outcome:
+    """Make sure that the cache holds the embedding of every sequence.
+
+    Hits are read and checked, not only looked up: a damaged entry is computed again. What was computed is published as
+    it comes, and on any interruption, so that running again goes on where this stopped.
+
+    Parameters
+    ----------
+    engine
+        Computes what is missing.
+    sequences
+        Normalised; equal ones are computed once.
+    trunk, recipe
+        The trunk digest of the weights; what to compute, and how to store it.
+    cache
+        Where embeddings are, and go.
+    progress
+        Told how far the work is.
+
+    Raises
+    ------
+    StorageError
+        When the cache can't be read or written.
+    ProteusError
+        What else keeps the engine from computing.
+
+    """
     started = time.perf_counter()
     keys = [recipe.key(trunk, s) for s in sequences]
     by_key = dict(zip(keys, sequences, strict=True))
     hot = cache.hot.run(trunk, recipe) if cache.hot else None
     with cache.hold() as lease:
+        began = time.perf_counter()
         found = [entry for entry, _ in cache.find(by_key)]
+        reading = time.perf_counter() - began
         lease.add(e.segment for e in found)
         done = {e.key: Embedded(e.key, e.shape, e.stored, e.content) for e in found}
         missing = {key: s for key, s in by_key.items() if key not in done}
@@ -115,21 +153,23 @@ def embed(
         done |= {e.key: Embedded(e.key, e.shape, e.stored, e.content) for e in fetched}
         read += fetched
         missing = {key: s for key, s in missing.items() if key not in done}
-        theirs: list[Entry] = []
         tokens = sum(tokens_of(spans_of(s, recipe)) for s in missing.values())
         why = counts(explain_missing(cache, missing, trunk, recipe))
+        work = Work(trunk, recipe, cache, missing, tokens, lease, progress, len(by_key), len(read), hot)
         if missing:
-            job = Job(trunk, recipe, cache, encoder(), attest(), token_budget, lease, progress, hot)
-            if progress:
-                peak = job.encoder.peak() if tokens >= _WORTH_MEASURING else 0.0
-                progress.start(len(by_key), len(read), tokens, peak)
-            theirs = job.run(missing, done)
-        elif progress:
-            progress.start(len(by_key), len(read), 0, 0.0)
+            computing = engine.compute(work)
+        else:
+            work.start()
+            computing = Done({}, 0)
+        done |= computing.entries
+        computed = computing.computed
         # What another run computed while this one was at work is a hit.
-        hits, computed = len(found) + len(fetched) + len(theirs), len(missing) - len(theirs)
-        read += theirs
+        hits = len(found) + len(fetched) + len(missing) - computed
+        read += computing.theirs
         cache.record_use(hits, derived, computed, read, hot.counts if hot else None)
+        if found:
+            count("proteus_cache_load_seconds", reading, cache="embeddings")
+        count("proteus_embedding_saved_seconds_total", sum(e.seconds for e in read))
         cache.fit()
     return Outcome(
         tuple(done[key] for key in keys),
@@ -141,6 +181,7 @@ def embed(
         tokens=tokens,
         seconds=time.perf_counter() - started,
         saved_seconds=sum(e.seconds for e in read),
+        workers=computing.workers,
         misses=why,
         from_redis=len(fetched),
     )

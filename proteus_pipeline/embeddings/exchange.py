@@ -7,7 +7,8 @@ already is passed over, so that an interrupted copy goes on where it stopped. In
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ from proteus_pipeline.embeddings.visible import Visible
 from proteus_pipeline.errors import IntegrityError, StorageError
 from proteus_pipeline.identity import digests
 from proteus_pipeline.stores.files import storage_error
+from proteus_pipeline.stores.places import scheme_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     from proteus_pipeline.stores.store import Store
 
 _CHUNK_BYTES = 16 << 20
+# Segments under way at a time, each with a chunk in memory: one alone leaves a line idle between its requests.
+_COPYING = 4
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ def copy(
     Raises
     ------
     IntegrityError
-        When a segment is damaged at its source: what was copied before it stays, and nothing of it is seen.
+        When a segment is damaged at its source: nothing of it is seen, and all others are copied.
     StorageError
         When the one can't be read or the other not be written.
 
@@ -78,11 +82,15 @@ def copy(
     there.refresh()
     where = here.by_segment()
     chosen = [h for name, h in sorted(here.segments().items()) if wanted(h)]
-    whole = _whole(target, there)
-    missing = [h for h in chosen if h.digest not in whole and not _has_all(there, *where[h.segment])]
+    # An index may name a segment that was removed, and copied there again under another name.
+    lies = source.names(SEGMENTS)
+    again = {h.digest for h in chosen if h.segment in lies}
+    chosen = [h for h in chosen if h.segment in lies or h.digest not in again]
+    files = target.names(SEGMENTS)
+    whole = _whole(files, there)
+    missing = [h for h in chosen if h.digest not in whole and not _has_all(files, there, *where[h.segment])]
     if not dry_run:
-        for header in missing:
-            _copy_segment(source, target, header, *where[header.segment])
+        _copy_all(source, target, missing, where)
     # Last: an event that hides an older entry must not come before what replaces it. What else happened to the source's
     # files is of those files.
     events = [] if dry_run else _copy_events(source, target)
@@ -95,19 +103,18 @@ def copy(
     )
 
 
-def _whole(target: Store, there: Visible) -> set[str]:
+def _whole(files: set[str], there: Visible) -> set[str]:
     """Return the digests of the segments that a cache has, and shows whole."""
     cut = {s for e in there.events if e.kind == "quarantined" for s in e.segments}
-    files = target.names(SEGMENTS)
     return {h.digest for name, h in there.segments().items() if name not in cut and name in files}
 
 
-def _has_all(there: Visible, index: Index, rows: NDArray[np.int64]) -> bool:
+def _has_all(files: set[str], there: Visible, index: Index, rows: NDArray[np.int64]) -> bool:
     """Say whether a cache has the very numbers of all these entries, in other segments perhaps."""
     keys = key_strings(index.keys(rows))
     wanted = {key: index.record(int(row))[2].hex() for key, row in zip(keys, rows, strict=True)}
     found = there.find(list(wanted), mine=lambda: "")
-    have = {(e.key, e.content) for e in found.entries()}
+    have = {(e.key, e.content) for e in found.entries() if e.segment in files}
     return all(pair in have for pair in wanted.items())
 
 
@@ -124,7 +131,56 @@ def _copy_events(source: Store, target: Store) -> list[str]:
     return copied
 
 
-def _copy_segment(source: Store, target: Store, header: SegmentHeader, index: Index, rows: NDArray[np.int64]) -> None:
+def _copy_all(
+    source: Store,
+    target: Store,
+    headers: Sequence[SegmentHeader],
+    where: Mapping[str, tuple[Index, NDArray[np.int64]]],
+) -> None:
+    damaged: list[IntegrityError] = []
+
+    def one(header: SegmentHeader) -> None:
+        index, rows = where[header.segment]
+        try:
+            copy_segment(source, target, header, index.keys(rows), index.records[rows])
+        except IntegrityError as error:
+            damaged.append(error)
+
+    with ThreadPoolExecutor(_COPYING, "copy") as pool:
+        futures = [pool.submit(one, header) for header in headers]
+        try:
+            for done in wait(futures, return_when=FIRST_EXCEPTION).done:
+                done.result()
+        finally:
+            for future in futures:
+                future.cancel()
+    if damaged:
+        more = f", and so are {len(damaged) - 1} others" if len(damaged) > 1 else ""
+        raise IntegrityError(f"{damaged[0].what}{more}", damaged[0].remedy)
+
+
+def copy_segment(
+    source: Store, target: Store, header: SegmentHeader, keys: NDArray[np.void], records: NDArray[np.void]
+) -> None:
+    """Copy one segment, checked on the way, and make its entries visible.
+
+    Parameters
+    ----------
+    source, target
+        From where, and where to.
+    header
+        What holds for it.
+    keys, records
+        Its entries.
+
+    Raises
+    ------
+    IntegrityError
+        When it is damaged at its source.
+    StorageError
+        When the one can't be read or the other not be written.
+
+    """
     # Under a name of its own, with the time of the old one: what the target once said of that name is not of this file.
     stem = f"{header.published:020d}-{secrets.token_hex(6)}"
     copied = replace(header, segment=f"{stem}.zip")
@@ -138,18 +194,22 @@ def _copy_segment(source: Store, target: Store, header: SegmentHeader, index: In
                 hashed.update(data)
                 file.write(data)
         if hashed.hexdigest() != header.digest:
-            raise IntegrityError(
-                f"{source.location}/{name} is not the file that was written", "run: proteus cache verify --repair"
-            )
+            raise IntegrityError(f"{source.location}/{name} is not the file that was written", _remedy(source))
         unfinished.publish()
     except StorageError:
         raise  # it says already what it is about
     except FileNotFoundError as error:
-        raise StorageError(f"{source.location}/{name} is gone", "run: proteus cache verify --repair") from error
+        raise StorageError(f"{source.location}/{name} is gone", _remedy(source)) from error
     except OSError as error:
         raise storage_error("write", unfinished.path, error) from error
     finally:
         unfinished.discard()
-    records = index.records[rows]
+    records = records.copy()
     records["segment"] = 0
-    target.write(f"{INDEXES}/{stem}.idx", encode_index([copied], index.keys(rows), records))
+    target.write(f"{INDEXES}/{stem}.idx", encode_index([copied], keys, records))
+
+
+def _remedy(source: Store) -> str:
+    if scheme_of(source.location):
+        return "remove it there, and push again from a cache that has it"
+    return "run: proteus cache verify --repair"

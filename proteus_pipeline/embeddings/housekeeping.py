@@ -314,7 +314,7 @@ def rewrite(cache: EmbeddingCache, headers: Sequence[SegmentHeader]) -> int:
             entries.setdefault(entry.key, []).append(entry)
     first = headers[0]
     oldest = min(h.published for h in headers)
-    publication = cache.begin(first.trunk, Recipe.of_described(first.recipe), oldest)
+    publication = cache.begin(first.trunk, Recipe.of_described(first.recipe), oldest, new=False)
     tokens, seconds = 0, 0.0
     try:
         for copies in entries.values():

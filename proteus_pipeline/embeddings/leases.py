@@ -38,11 +38,14 @@ class Held:
         By name.
     since
         Everything published since then, nanoseconds since 1970, too; None where no run lives.
+    runs
+        How many live.
 
     """
 
     segments: frozenset[str]
     since: int | None
+    runs: int = 0
 
     def holds(self, segment: str) -> bool:
         """Say whether a segment is held."""
@@ -70,6 +73,11 @@ class Lease:
         self._wants: set[str] = set()
         self._lock = threading.Lock()
         self._write()
+
+    @property
+    def name(self) -> str | None:
+        """Its file's name, below the cache's folder; None where none could be written."""
+        return f"{FOLDER}/{self._path.name}" if self._descriptor is not None else None
 
     def add(self, segments: Iterable[str]) -> None:
         """Hold these segments too."""
@@ -157,13 +165,28 @@ def held(cache: Path) -> Held:
     """Return what live runs hold; what a killed one left is removed."""
     segments: set[str] = set()
     since: int | None = None
+    runs = 0
     with _turn(cache / FOLDER):
         for path in sorted((cache / FOLDER).glob("*.json")):
             said = _alive(path)
             if said is not None:
+                runs += 1
                 segments |= said.segments
                 since = said.since if since is None else min(said.since, since)
-    return Held(frozenset(segments), since)
+    return Held(frozenset(segments), since, runs)
+
+
+def seems_free(path: Path) -> bool:
+    """Say whether a live run's lease could be locked here: then locks do not reach from the run's node to this one.
+
+    Where there are no locks at all, it could not.
+    """
+    with path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return False
+    return True
 
 
 class _Said(NamedTuple):

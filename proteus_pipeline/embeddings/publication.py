@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -20,8 +21,6 @@ from proteus_pipeline.identity import digests
 from proteus_pipeline.stores.files import storage_error
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from numpy.typing import NDArray
 
     from proteus_pipeline.embeddings.recipe import Recipe
@@ -45,6 +44,8 @@ class Publication:
         What the entries' keys were made from.
     published
         The time in its name, nanoseconds since 1970, by which an invalidation knows what came before it; now where None.
+    then
+        Told what was published: what holds for the segment, its keys and records.
 
     Raises
     ------
@@ -53,8 +54,16 @@ class Publication:
 
     """
 
-    def __init__(self, store: Store, trunk: str, recipe: Recipe, published: int | None = None) -> None:
+    def __init__(
+        self,
+        store: Store,
+        trunk: str,
+        recipe: Recipe,
+        published: int | None = None,
+        then: Callable[[SegmentHeader, NDArray[np.void], NDArray[np.void]], None] | None = None,
+    ) -> None:
         self._store = store
+        self._then = then
         self._trunk = trunk
         self._recipe = recipe
         self._layout = "per_residue" if recipe.pooling == "per_residue" else "pooled"
@@ -143,14 +152,15 @@ class Publication:
         )  # fmt: skip
         records = to_records(placed, self._writer.lengths, self._writer.contents)
         self._file.publish()
+        keys = key_array(self._writer.keys)
         try:
-            self._store.write(
-                f"{INDEXES}/{self.name}.idx", encode_index([header], key_array(self._writer.keys), records)
-            )
+            self._store.write(f"{INDEXES}/{self.name}.idx", encode_index([header], keys, records))
         except StorageError:
             with suppress(StorageError):
                 self._store.remove(f"{SEGMENTS}/{header.segment}")
             raise
+        if self._then:
+            self._then(header, keys, records)
         return header
 
     def discard(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import json
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from proteus_pipeline.embeddings.index import now
 from proteus_pipeline.stores.files import storage_error
 
 _NAME = "uses.jsonl"
+_READ_BYTES = 1 << 20
 _log = logging.getLogger(__name__)
 
 
@@ -68,15 +70,73 @@ def uses(folder: Path) -> Iterator[Use]:
         text = (folder / _NAME).read_text(encoding="utf-8", errors="replace")
     except OSError:
         return
-    for line in text.splitlines():
+    yield from filter(None, map(_use, text.splitlines()))
+
+
+def _use(line: str) -> Use | None:
+    """Return what a line says; None of one that is none."""
+    try:
+        value = json.loads(line)
+        when = dt.datetime.fromisoformat(value["time"]).timestamp()
+        segments = {str(k): int(v) for k, v in value.get("segments", {}).items()}
+        redis = {str(k): int(v) for k, v in value.get("redis", {}).items()}
+        return Use(when, int(value["hits"]), int(value["derived"]), int(value["misses"]), segments, redis)
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+        return None
+
+
+class LookUps:
+    """The sums of a cache's look-ups. Each reading goes on where the last one ended: the account only grows.
+
+    Attributes
+    ----------
+    hits, derived, misses
+        Of distinct keys, of all runs that have ended.
+
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / _NAME
+        self._start_over()
+
+    def _start_over(self, file: tuple[int, int] = (0, 0)) -> None:
+        self.hits = self.derived = self.misses = 0
+        self._file, self._read_bytes = file, 0
+
+    def read(self) -> None:
+        """Add what was appended since the last time; begin anew where it is another file.
+
+        Raises
+        ------
+        StorageError
+            When it is there, and can't be read.
+
+        """
         try:
-            value = json.loads(line)
-            when = dt.datetime.fromisoformat(value["time"]).timestamp()
-            segments = {str(k): int(v) for k, v in value.get("segments", {}).items()}
-            redis = {str(k): int(v) for k, v in value.get("redis", {}).items()}
-            yield Use(when, int(value["hits"]), int(value["derived"]), int(value["misses"]), segments, redis)
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
-            continue
+            with self._path.open("rb") as file:
+                found = os.fstat(file.fileno())
+                same = self._file == (found.st_dev, found.st_ino) and found.st_size >= self._read_bytes
+                if not same:
+                    self._start_over((found.st_dev, found.st_ino))
+                file.seek(self._read_bytes)
+                while lines := file.readlines(_READ_BYTES):
+                    for line in lines:
+                        self._add(line)
+        except FileNotFoundError:
+            self._start_over()
+        except OSError as error:
+            raise storage_error("read", self._path, error) from error
+
+    def _add(self, line: bytes) -> None:
+        if not line.endswith(b"\n"):
+            return  # being written: next time
+        self._read_bytes += len(line)
+        if use := _use(line.decode("utf-8", "replace")):
+            self.hits, self.derived, self.misses = (
+                self.hits + use.hits,
+                self.derived + use.derived,
+                self.misses + use.misses,
+            )
 
 
 def last_used(folder: Path) -> dict[str, float]:

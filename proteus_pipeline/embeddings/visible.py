@@ -332,13 +332,23 @@ class Visible:
             except FileNotFoundError:
                 return False
             except (StorageError, ValueError, KeyError, TypeError) as error:
-                _log.warning("%s", error)
-                self._loaded[name] = None  # warned of once
+                self._pass_over(name, error)
                 continue
             loaded = _Loaded(index, np.zeros(len(index.segments), dtype=bool), np.zeros(0, dtype=np.int64))
             self._hide(loaded)
             self._loaded[name] = loaded
         return True
+
+    def _pass_over(self, name: str, error: Exception) -> None:
+        """Leave out an index that can't be read; it is warned of once."""
+        _log.warning("%s", error)
+        self._loaded[name] = None
+
+    def forget(self) -> None:
+        """See nothing, until the next `refresh`."""
+        self._newest = self._headers = None
+        self._loaded.clear()
+        self._marks.clear()
 
     def _hide(self, loaded: _Loaded) -> None:
         """Note which segments and rows of an index events hide."""

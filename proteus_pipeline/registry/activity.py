@@ -1,11 +1,9 @@
 """How a registry was used. What left a tag is counted from the tags; only refused registrations leave none, and are
-counted in .proteus/metrics/versions.jsonl, a line each.
+counted in .proteus/metrics.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -13,14 +11,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from proteus_pipeline.errors import StorageError
+from proteus_pipeline.metrics.lines import increments, series
 from proteus_pipeline.registry.backups import Backups
 from proteus_pipeline.registry.events import History
 from proteus_pipeline.registry.home import private_folder
 from proteus_pipeline.registry.pointers import Pointer
 from proteus_pipeline.registry.weights import DvcCache
+from proteus_pipeline.stores.counts import FOLDER, CountsFile
 
 _DAY_S = 86400.0
-_COUNTED = "versions.jsonl"
+CONFLICTS = "proteus_version_conflicts_total"
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,8 @@ class VersionMetrics:
         Registrations in the last 30 days.
     seconds_since_update
         Since the newest registration; None before the first.
+    last_registration
+        When that was, seconds since 1970.
 
     """
 
@@ -58,6 +60,7 @@ class VersionMetrics:
     backup_bytes: int
     updates_per_30_days: int
     seconds_since_update: float | None
+    last_registration: int | None
 
     def to_json(self) -> dict[str, int | float | None]:
         return asdict(self)
@@ -80,33 +83,35 @@ def measure_activity(root: Path, histories: Sequence[History]) -> VersionMetrics
         deletions=kinds("deleted"),
         restorations=kinds("restored"),
         adoptions=kinds("adopted"),
-        conflicts=_counted(root, "conflict"),
+        conflicts=_conflicts(root),
         storage_bytes=_storage(root, histories),
         backup_bytes=Backups(root).size,
         updates_per_30_days=sum(1 for t in times if now - t <= 30 * _DAY_S),
         seconds_since_update=max(0.0, now - max(times)) if times else None,
+        last_registration=max(times, default=None),
     )
 
 
-def count_event(root: Path, event: str) -> None:
-    """Add one line for an event; a disk that is full or read-only loses the count, and nothing else."""
-    line = json.dumps({"time": int(time.time()), "event": event}) + "\n"
+def count_event(root: Path, name: str, value: float = 1, **labels: str) -> None:
+    """Count what leaves no tag; a disk that is full or read-only loses the count, and nothing else.
+
+    Parameters
+    ----------
+    root
+        Of the registry.
+    name, value, labels
+        As in `proteus_pipeline.metrics.lines.increments`.
+
+    """
     with suppress(OSError):
-        folder = private_folder(root) / "metrics"
-        folder.mkdir(exist_ok=True)
-        descriptor = os.open(folder / _COUNTED, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            os.write(descriptor, line.encode())  # one short write: lines of several processes do not mix
-        finally:
-            os.close(descriptor)
+        CountsFile(private_folder(root) / FOLDER).add(increments(name, value, labels))
 
 
-def _counted(root: Path, event: str) -> int:
+def _conflicts(root: Path) -> int:
     try:
-        text = (root / ".proteus" / "metrics" / _COUNTED).read_text(encoding="utf-8", errors="replace")
-    except OSError:
+        return int(CountsFile(root / ".proteus" / FOLDER).totals().get(series(CONFLICTS, {}), 0))
+    except StorageError:
         return 0
-    return text.count(f'"event": "{event}"')
 
 
 def _storage(root: Path, histories: Sequence[History]) -> int:

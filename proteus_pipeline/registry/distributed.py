@@ -197,11 +197,15 @@ class DistributedVersionManager(ModelVersionManager):
         with exclusive(self._git):
             share_tags(self._git, self.history(name), number)
 
-    def count(self, event: str) -> None:
+    def count(self, name: str, value: float = 1, **labels: str) -> None:
         """Count what leaves no tag: here, and for the group where there is a Redis."""
-        super().count(event)
+        super().count(name, value, **labels)
         if self._hints:
-            self._hints.count(event)
+            self._hints.count(name, int(value))
+
+    def counted(self, metric: str) -> int | None:
+        """Return how often the group's members have counted a metric; None without a Redis that answers."""
+        return self._hints.counted(metric) if self._hints else None
 
     def stamp(self, name: str) -> tuple[int, ...] | None:
         """Return what changes when a tag of a model comes or goes, in this clone or by the group's telling.

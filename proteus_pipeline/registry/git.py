@@ -127,7 +127,7 @@ class Git:
             # What went wrong; git's advice comes after it. Of several refs that a remote refuses, the one with a reason.
             refused = [line.strip() for line in lines if line.startswith(" ! [") and "atomic" not in line]
             words = next((line for line in lines if line.startswith("fatal: ")), (refused or lines[-1:])[0])
-            raise GitError(f"git {args[0]}: {_SECRET.sub('://', words)}", f"run it by hand in {self.root}")
+            raise GitError(f"git {args[0]}: {anonymous(words)}", f"run it by hand in {self.root}")
         return done.stdout
 
     def try_run(self, *args: str) -> str | None:
@@ -238,3 +238,8 @@ class Git:
         who = self.identity()
         header = f"object {commit}\ntype commit\ntag {name}\ntagger {who.name} <{who.email}> {time} +0000\n\n"
         return self.run("mktag", data=header + message)
+
+
+def anonymous(text: str) -> str:
+    """Return a text without the users and passwords of addresses in it."""
+    return _SECRET.sub("://", text)

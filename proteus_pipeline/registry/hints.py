@@ -51,10 +51,10 @@ class Hints:
         self._looked = None
         self._redis.advance(self._name)
 
-    def count(self, event: str) -> None:
+    def count(self, metric: str, value: int) -> None:
         """Count something for the whole group."""
-        self._redis.increment(self._name, {event: 1})
+        self._redis.increment(self._name, {metric: value})
 
-    def counted(self, event: str) -> int | None:
+    def counted(self, metric: str) -> int | None:
         """Return what the group has counted; None where Redis can't be asked."""
-        return self._redis.counters(self._name, [event]).get(event)
+        return self._redis.counters(self._name, [metric]).get(metric)

@@ -37,7 +37,7 @@ def listed(root: Path, name: str | None, lines_of: Callable[..., Iterable[tuple[
         model.
 
     """
-    tags = _tags(root)
+    tags = tags_of(root)
     if tags is None:
         return None
     path = root / ".proteus" / "listing"
@@ -79,7 +79,7 @@ def _changed(before: bytes, tags: bytes) -> set[str]:
     return models
 
 
-def _tags(root: Path) -> bytes | None:
+def tags_of(root: Path) -> bytes | None:
     """Return what git lists: each tag's id and name; None where it can't."""
     command = ("git", "-C", str(root), "for-each-ref", "--format=%(objectname)%(refname)", "refs/tags/")
     # Not by subprocess, whose import takes as long as git does.

@@ -16,6 +16,7 @@ from proteus_pipeline.errors import (
 )
 from proteus_pipeline.identity.names import Reference, Version
 from proteus_pipeline.registry import retirement
+from proteus_pipeline.registry.activity import CONFLICTS
 from proteus_pipeline.registry.committing import Registration, clean_branch, follow
 from proteus_pipeline.registry.events import History, greatest
 from proteus_pipeline.registry.git import Git
@@ -219,7 +220,7 @@ def _same_or_conflict(
             "leave the metadata out, or register a new version",
         )
     if conflict:
-        manager.count("conflict")
+        manager.count(CONFLICTS)
         raise conflict
     if request.on_branch:
         follow(git, there.commit, request.name)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from proteus_pipeline.errors import ConfigError, StorageError, VersionConflictError
 from proteus_pipeline.registry.events import History, fold, parse_tag
-from proteus_pipeline.registry.git import BehindError, Git, GitError
+from proteus_pipeline.registry.git import BehindError, Git, GitError, anonymous
 from proteus_pipeline.registry.refs import enter_all, exclusive, in_turn
 from proteus_pipeline.registry.tags import read_events
 
@@ -88,7 +88,7 @@ class SharedGit(Git):
     @property
     def shown(self) -> str:
         """The remote, as errors name it: an address may hold a password."""
-        return self.remote.rpartition("@")[2] if "://" in self.remote else self.remote
+        return anonymous(self.remote)
 
     def look(self, *, strict: bool = False) -> None:
         """Bring what others have published; where the remote can't be reached, what is here counts, and one warning says so.
@@ -203,7 +203,7 @@ class SharedGit(Git):
             raise BehindError(f"others publish versions on {self.shown} all the time", "run the command again")
         raise StorageError(
             f"the git remote {self.shown} does not take the version ({refused.what})",
-            "nothing was changed; look at your rights there",
+            "nothing was changed; it has to take new tags, and refs/proteus/last, from you",
         ) from refused
 
     def withdraw(self, tags: Iterable[str]) -> None:

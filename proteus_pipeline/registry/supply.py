@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -153,14 +154,17 @@ class _Sources:
 
     def _from_remote(self, remote: DvcRemote, target: Objects, wanted: set[str]) -> list[StorageError]:
         """Bring what a remote has of the wanted objects, which are then no longer wanted; return what went wrong."""
+        gone = threading.Event()
         with scratch_folder(self._root, "fetch") as scratch, ThreadPoolExecutor(_TRANSFERS) as pool:
 
             def fetch(md5: str) -> StorageError | None:
                 arrived = scratch / md5
                 try:
-                    if not remote.fetch(md5, arrived):
+                    # A remote that can't be reached, or hangs, need not be asked for each.
+                    if gone.is_set() or not remote.fetch(md5, arrived):
                         return None
                 except StorageError as error:
+                    gone.set()
                     return error
                 if md5_file(arrived) != md5.removesuffix(".dir"):
                     return IntegrityError(
@@ -171,9 +175,7 @@ class _Sources:
                 wanted.discard(md5)
                 return None
 
-            # One first: a remote that can't be reached need not be asked for each.
+            # One first, alone: it opens the remote.
             first, *rest = sorted(wanted)
-            failures = [fetch(first)]
-            if failures[0] is None or isinstance(failures[0], IntegrityError):
-                failures += pool.map(fetch, rest)
+            failures = [fetch(first), *pool.map(fetch, rest)]
         return [failure for failure in failures if failure]

@@ -369,7 +369,7 @@ class ModelVersionManager(VersionLookup):
             When there is no such version.
 
         """
-        from proteus_pipeline.registry.verification import Verification
+        from proteus_pipeline.registry.verification import DAMAGED, Verification
 
         wanted = None
         if reference is not None:
@@ -380,7 +380,10 @@ class ModelVersionManager(VersionLookup):
             wanted = str(parsed) if parsed.exact else deleted or self.resolve(reference).reference
             if parsed.exact and parsed.selector not in self.history(parsed.name).known:
                 raise self.not_found(self.history(parsed.name), f"v{parsed.selector}")
-        return list(Verification(self, wanted, repair=repair, deep=deep).findings())
+        findings = list(Verification(self, wanted, repair=repair, deep=deep).findings())
+        if damaged := sum(finding.kind == DAMAGED for finding in findings):
+            self.count("proteus_integrity_findings_total", damaged, of="versions")
+        return findings
 
     def metrics(self) -> VersionMetrics:
         """Return how the registry was used: registrations, conflicts, rollbacks, deletions, bytes."""
@@ -388,11 +391,11 @@ class ModelVersionManager(VersionLookup):
 
         return measure_activity(self.root, self.histories())
 
-    def count(self, event: str) -> None:
-        """Count what leaves no tag."""
+    def count(self, name: str, value: float = 1, **labels: str) -> None:
+        """Count what leaves no tag, by the name of its metric."""
         from proteus_pipeline.registry.activity import count_event
 
-        count_event(self.root, event)
+        count_event(self.root, name, value, **labels)
 
 
 def _checked(name: str, version: str) -> tuple[str, str]:

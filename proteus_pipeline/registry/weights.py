@@ -294,6 +294,16 @@ def remote_names(root: Path) -> list[str]:
     return list(names)
 
 
+def remote_settings(root: Path) -> list[dict[str, str]]:
+    """Return what DVC's configuration says of each remote, the default one first; the strongest file's word counts."""
+    found: dict[str, dict[str, str]] = {name: {} for name in remote_names(root)}
+    for _, parser in dvc_configurations(root):
+        for section in parser.sections():
+            if match := _REMOTE.fullmatch(section):
+                found[match["name"]] = dict(parser[section]) | found[match["name"]]
+    return list(found.values())
+
+
 def dvc_configurations(root: Path) -> Iterator[tuple[Path, configparser.ConfigParser]]:
     """Yield DVC's configurations as they are read, the strongest first.
 

@@ -82,6 +82,11 @@ class Fellows:
         finally:
             self._lock.release()
 
+    def forget(self, name: str) -> None:
+        """Ask no more about a name that means nothing: names come from requests, and there is no end to them."""
+        with self._lock:
+            self._heard.pop(name, None)
+
     def honour(self, name: str, look_again: Callable[[], None]) -> None:
         """Look at a name anew, where others have told of it; who looks it up meanwhile waits, and who fails leaves it to the next."""
         if name not in self._pending:

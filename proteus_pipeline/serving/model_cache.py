@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from proteus_pipeline.errors import ConfigError
+from proteus_pipeline.errors import ConfigError, VersionNotFoundError
 from proteus_pipeline.eviction.policies import DEFAULT_POLICY
 from proteus_pipeline.identity.names import Reference
 from proteus_pipeline.models.device import resolve_device
@@ -19,7 +19,7 @@ from proteus_pipeline.serving.fellows import COUNTED, Fellows
 from proteus_pipeline.serving.interface import ModelInterface
 from proteus_pipeline.serving.residence import Residence
 from proteus_pipeline.serving.settings import CacheSettings
-from proteus_pipeline.serving.statistics import metrics
+from proteus_pipeline.serving.statistics import readings
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric
@@ -136,6 +136,8 @@ class ModelCacheManager:
         """
         self._hear(model_name)
         binding = self._bindings.known(model_name)
+        if binding is None:
+            self._forget(model_name)
         found = self._residence.peek(binding.digest if binding else "")
         return CachedModel(self, binding) if binding and found else None
 
@@ -280,20 +282,22 @@ class ModelCacheManager:
 
         A registry takes one cache: a second one's metrics would have the same names.
         """
-        return metrics(self.get_cache_stats())
+        return readings(self.get_cache_stats(), self._residence.counts).families()
 
     def prometheus(self) -> str:
         """Return the same numbers as text that Prometheus reads."""
-        from prometheus_client import CollectorRegistry, generate_latest
-
-        registry = CollectorRegistry()
-        registry.register(self)
-        return generate_latest(registry).decode()
+        return readings(self.get_cache_stats(), self._residence.counts).text()
 
     def _of(self, model: str | ModelInterface | ModelVersion) -> Binding:
-        if isinstance(model, str | ModelInterface):
-            self._hear(model if isinstance(model, str) else model.name)
-        return self._bindings.of(model)
+        if not isinstance(model, str | ModelInterface):
+            return self._bindings.of(model)
+        name = model if isinstance(model, str) else model.name
+        self._hear(name)
+        try:
+            return self._bindings.of(model)
+        except VersionNotFoundError:
+            self._forget(name)
+            raise
 
     def _hear(self, model: str) -> None:
         """Honour what others have told since they were last listened to."""
@@ -303,6 +307,10 @@ class ModelCacheManager:
         self._fellows.listen(name)
         self._fellows.honour(name, partial(self._look_again, name))
         _count(self._fellows, self._residence)
+
+    def _forget(self, model: str) -> None:
+        if self._fellows:
+            self._fellows.forget(Reference.parse(model).name)
 
     def _look_again(self, name: str) -> None:
         self._bindings.look_again(name)

@@ -28,10 +28,12 @@ from proteus_pipeline.serving.queue import Place, Queue
 from proteus_pipeline.serving.resident import Resident
 from proteus_pipeline.serving.settings import CacheSettings
 from proteus_pipeline.serving.statistics import Counts
+from proteus_pipeline.stores.counts import announcement
 
 if TYPE_CHECKING:
     from proteus_pipeline.models.architecture import Architecture
     from proteus_pipeline.serving.bindings import Binding
+    from proteus_pipeline.stores.live import Announcement
 
 _TICK = 0.05  # how often what waits for room looks again, seconds
 # A copy is kept compressed where unpacking it takes less than this share of what its source took.
@@ -69,6 +71,7 @@ class Residence:
         # Filled as encoders are collected, in whichever thread and moment that happens: so without a lock.
         self._gone: deque[int] = deque()
         self._tokens = itertools.count()
+        self._announcement: Announcement | None = None
 
     def peek(self, digest: str) -> bool:
         """Say whether a model is in memory, and count that as a request."""
@@ -132,6 +135,7 @@ class Residence:
                 self._budget.calls.pop(token, None)
                 if resident is not None:
                     self._measure(resident)
+                self._announce()
             if resident is not None:
                 self._release(resident)
             give_back()  # a millisecond; without, 32 threads that compute kept 40 MB of what they had freed
@@ -271,7 +275,7 @@ class Residence:
                 )  # fmt: skip
                 self._budget.reserved.pop(binding.digest, None)
                 self._budget.rooms.pop(binding.digest, None)
-                self.counts.failures += 1
+                self.counts.failed()
                 # There may be room a moment later, and nothing was wrong with what was interrupted.
                 lasting = told is error and not isinstance(error, CacheMemoryError)
                 self._flights.fail(binding.digest, binding.reference, told, pause=lasting)
@@ -294,11 +298,11 @@ class Residence:
             self._budget.policy.added(digest, nbytes, seconds, now)
             self._residents[digest] = resident
             self._flights.land(digest, binding.reference, resident)
-            self.counts.restored += restored
-            self.counts.loads += not restored
+            self.counts.loaded(restored=restored)
             if flight.dropped:
                 self._remove(digest, flight.dropped)
             removed = self._evict(NOTHING, "room")  # it may be a little larger than was thought
+            self._announce()
         flight.done.set_result(resident)
         self._retire(removed)
         return resident
@@ -317,7 +321,7 @@ class Residence:
             began = time.perf_counter()
             encoder = make_encoder(checkpoint, precision=self.precision, numerics=self.numerics, device=self.device)
             seconds = opened + time.perf_counter() - began
-        self.counts.load_seconds.append(seconds)
+        self.counts.load_seconds.add(seconds)
         return encoder, seconds, False
 
     def _restore(self, binding: Binding, place: Place) -> tuple[Encoder, float] | None:
@@ -339,7 +343,7 @@ class Residence:
         self._make_room_to_load(binding, packed.architecture, need, need + kept, place)
         began = time.perf_counter()
         encoder: Encoder = packed.unpack()
-        self.counts.load_seconds.append(time.perf_counter() - began)
+        self.counts.load_seconds.add(time.perf_counter() - began)
         return encoder, seconds
 
     def _make_room_to_load(
@@ -365,6 +369,7 @@ class Residence:
 
         def enter() -> None:
             self._budget.calls[token] = nbytes
+            self._announce()
             begun.append(resident)
             self._lease(resident)
 
@@ -452,9 +457,16 @@ class Residence:
         self._budget.freeing[token] = self._budget.held.pop(digest)
         self._budget.rooms.pop(digest, None)
         resident.when_freed(partial(self._gone.append, token))
-        self.counts.evictions[cause] += 1
-        self.counts.ages.append(time.monotonic() - resident.since)
+        self.counts.let_go(cause, time.monotonic() - resident.since)
+        self._announce()
         return resident
+
+    def _announce(self) -> None:
+        """Say what is held, to whoever watches this process's project."""
+        self._announcement = self._announcement or announcement()
+        if self._announcement:
+            held = {f"{self.device} {kind}": count for kind, count in self._budget.by_kind().items()}
+            self._announcement.say(held | {f"{self.device} limit": self._budget.limit})
 
     def _settle(self) -> None:
         """Enter in the books what was collected."""

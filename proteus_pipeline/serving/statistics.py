@@ -3,21 +3,51 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from statistics import quantiles
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from prometheus_client.core import Metric
+from proteus_pipeline.metrics.catalogue import CATALOGUE, CAUSES, MODELS, SERVICE
+from proteus_pipeline.metrics.lines import observed
+from proteus_pipeline.metrics.readings import Observed, Readings
+from proteus_pipeline.stores.counts import count
 
-CAUSES = ("room", "shrunk", "expired", "invalidated", "cleared")
 _KEPT = 1000  # of the latest loads and evictions, for their quantiles
+_LOAD, _AGE = "proteus_cache_load_seconds", "proteus_cache_eviction_age_seconds"
+
+
+@dataclass
+class Seconds:
+    """Durations: the latest, for their quantiles, and all, for a histogram."""
+
+    name: str
+    latest: deque[float] = field(default_factory=lambda: deque(maxlen=_KEPT))
+    all: Observed = field(default_factory=Observed)
+
+    def __post_init__(self) -> None:
+        # All bounds from the start: a scrape goes over them while loads are counted.
+        self.all.counts = observed(CATALOGUE[self.name].buckets, ())
+
+    def add(self, seconds: float) -> None:
+        """Add one, to what this process has its counts kept in too."""
+        self.latest.append(seconds)
+        self.all.sum += seconds
+        for bound, number in observed(CATALOGUE[self.name].buckets, [seconds]).items():
+            self.all.counts[bound] += number
+        count(self.name, seconds, cache=MODELS)
+
+    def spread(self) -> dict[str, float | None]:
+        """Return the median and the 95th percentile of the latest; None where there are none."""
+        if len(self.latest) < 2:
+            value = self.latest[0] if self.latest else None
+            return {"p50": value, "p95": value}
+        cuts = quantiles(self.latest, n=20, method="inclusive")
+        return {"p50": cuts[9], "p95": cuts[18]}
 
 
 @dataclass
 class Counts:
-    """Counters of one cache, since it was made.
+    """Counters of one cache, since it was made; what is counted here is also counted for the project, where it is kept.
 
     Attributes
     ----------
@@ -28,7 +58,7 @@ class Counts:
     evictions
         Models that were let go, by cause: `CAUSES`.
     load_seconds, ages
-        Seconds that the latest loads took, and that the latest models evicted had been there.
+        Seconds that loads took, and that models that were let go had been there.
 
     """
 
@@ -38,13 +68,31 @@ class Counts:
     restored: int = 0
     failures: int = 0
     evictions: Counter[str] = field(default_factory=Counter)
-    load_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=_KEPT))
-    ages: deque[float] = field(default_factory=lambda: deque(maxlen=_KEPT))
+    load_seconds: Seconds = field(default_factory=lambda: Seconds(_LOAD))
+    ages: Seconds = field(default_factory=lambda: Seconds(_AGE))
 
     def asked(self, *, hit: bool) -> None:
         """Count a request; what a call asks for again is its lease's request, and was counted then."""
         self.hits += hit
         self.misses += not hit
+        count("proteus_cache_requests_total", cache=MODELS, result="hit" if hit else "miss")
+
+    def loaded(self, *, restored: bool) -> None:
+        """Count a load."""
+        self.restored += restored
+        self.loads += not restored
+        count("proteus_cache_loads_total", cache=MODELS, source="compressed" if restored else "weights")
+
+    def failed(self) -> None:
+        """Count a load that failed."""
+        self.failures += 1
+        count("proteus_cache_load_failures_total", cache=MODELS)
+
+    def let_go(self, cause: str, age: float) -> None:
+        """Count a model that was let go, after so many seconds."""
+        self.evictions[cause] += 1
+        self.ages.add(age)
+        count("proteus_cache_evictions_total", cache=MODELS, cause=cause)
 
     def as_mapping(self) -> dict[str, Any]:
         """Return the counters, with the hit rate and the median and 95th percentile of seconds; None where there are none."""
@@ -56,49 +104,43 @@ class Counts:
             "loads": self.loads,
             "restored": self.restored,
             "load_failures": self.failures,
-            "load_seconds": _spread(self.load_seconds),
+            "load_seconds": self.load_seconds.spread(),
             "evictions": {cause: self.evictions[cause] for cause in CAUSES},
-            "age_at_eviction_seconds": _spread(self.ages),
+            "age_at_eviction_seconds": self.ages.spread(),
         }
 
 
-def _spread(seconds: deque[float]) -> dict[str, float | None]:
-    if not seconds:
-        return {"p50": None, "p95": None}
-    if len(seconds) == 1:
-        return {"p50": seconds[0], "p95": seconds[0]}
-    cuts = quantiles(seconds, n=20, method="inclusive")
-    return {"p50": cuts[9], "p95": cuts[18]}
+def readings(stats: dict[str, Any], counts: Counts) -> Readings:
+    """Return the numbers of `proteus_pipeline.ModelCacheManager.get_cache_stats` as metrics.
 
+    Parameters
+    ----------
+    stats
+        What it returned.
+    counts
+        For the histograms.
 
-def metrics(stats: dict[str, Any]) -> Iterator[Metric]:
-    """Yield the numbers of `proteus_pipeline.ModelCacheManager.get_cache_stats` as Prometheus's metrics."""
-    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+    """
+    from importlib.metadata import version
 
-    def family(
-        kind: type[Metric], name: str, text: str, label: str | None, samples: Mapping[str, float | None]
-    ) -> Metric:
-        made = kind(f"proteus_cache_{name}", text, labels=["cache", *([label] if label else [])])  # type: ignore[call-arg]
-        for value, number in samples.items():
-            if number is not None:
-                made.add_metric(["model", *([value] if label else [])], number)  # type: ignore[attr-defined]
-        return made
-
-    counter, gauge = CounterMetricFamily, GaugeMetricFamily
-    requests = {"hit": stats["hits"], "miss": stats["misses"]}
-    yield family(counter, "requests", "Requests for a loaded model.", "result", requests)
-    loads = {"weights": stats["loads"], "compressed": stats["restored"]}
-    yield family(counter, "loads", "Models loaded.", "source", loads)
-    yield family(counter, "load_failures", "Loads that failed.", None, {"": stats["load_failures"]})
-    yield family(counter, "evictions", "Models let go, by cause.", "cause", stats["evictions"])
-    held = gauge("proteus_cache_bytes", "Bytes that count against the limit.", labels=["cache", "device", "kind"])
-    limit = gauge("proteus_cache_limit_bytes", "Bytes that there may be.", labels=["cache", "device"])
+    made = Readings(SERVICE)
+    made.set("proteus_build_info", 1, version=version("proteus_pipeline"))
+    for result in ("hit", "miss"):
+        made.set(
+            "proteus_cache_requests_total", stats["hits" if result == "hit" else "misses"], cache=MODELS, result=result
+        )
+    for source, number in (("weights", stats["loads"]), ("compressed", stats["restored"])):
+        made.set("proteus_cache_loads_total", number, cache=MODELS, source=source)
+    made.set("proteus_cache_load_failures_total", stats["load_failures"], cache=MODELS)
+    for cause, number in stats["evictions"].items():
+        made.set("proteus_cache_evictions_total", number, cache=MODELS, cause=cause)
+    made.set("proteus_cache_leases", stats["leases"], cache=MODELS)
+    made.set(_LOAD, counts.load_seconds.all, cache=MODELS)
+    made.set(_AGE, counts.ages.all, cache=MODELS)
     for device, of in stats["devices"].items():
-        limit.add_metric(["model", device], of["limit_bytes"])
-        for name, count in of.items():
+        made.set("proteus_cache_limit_bytes", of["limit_bytes"], cache=MODELS, device=device)
+        for name, number in of.items():
             if name != "limit_bytes":
-                held.add_metric(["model", device, name.removesuffix("_bytes")], count)
-    yield from (held, limit)
-    yield family(gauge, "leases", "Leases that are held.", None, {"": stats["leases"]})
-    for name, text in (("load_seconds", "Seconds a load took."), ("age_at_eviction_seconds", "Age of a model let go.")):
-        yield family(gauge, name, text, "quantile", {f"0.{p[1:]}": value for p, value in stats[name].items()})
+                kind = name.removesuffix("_bytes")
+                made.set("proteus_cache_bytes", number, cache=MODELS, device=device, kind=kind)
+    return made

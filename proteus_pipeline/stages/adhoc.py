@@ -11,6 +11,7 @@ from proteus_pipeline.config.overrides import parse
 from proteus_pipeline.embeddings.computing import Progress
 from proteus_pipeline.embeddings.embedder import Outcome
 from proteus_pipeline.embeddings.export import FORMAT, check_target, export
+from proteus_pipeline.embeddings.shards import Part
 from proteus_pipeline.errors import ConfigError
 from proteus_pipeline.sequences.fasta import Record, read_fasta
 from proteus_pipeline.sequences.rules import clean
@@ -20,9 +21,14 @@ from proteus_pipeline.stages.project import Project
 
 
 def embed_file(
-    project: Project, fasta: Path, overrides: Sequence[str], output: Path | None, progress: Progress | None = None
+    project: Project,
+    fasta: Path,
+    overrides: Sequence[str],
+    output: Path | None,
+    progress: Progress | None = None,
+    part: Part | None = None,
 ) -> Outcome:
-    """Embed a FASTA file, and write the embeddings to `output` where one is given.
+    """Embed a FASTA file, or a part of it, and write the embeddings to `output` where one is given.
 
     Raises
     ------
@@ -38,6 +44,14 @@ def embed_file(
     if output is not None:
         check_target(output)
     composed, records = composed_of(project, fasta, overrides)
+    if part:
+        mine = part.take(r.sequence for r in records)
+        records = [r for r in records if r.sequence in mine]
+        if output is not None and not records:
+            raise ConfigError(
+                f"part {part.number}/{part.of} of {fasta} has no sequence to write to {output}",
+                "use no more parts than there are distinct sequences",
+            )
     ids = [r.id for r in records]
     if output is not None:
         check_target(output, composed["embedding"]["pooling"], ids)

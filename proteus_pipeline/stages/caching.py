@@ -22,6 +22,7 @@ from proteus_pipeline.errors import ConfigError, ProteusError, StorageError
 from proteus_pipeline.models.architecture import resolve_layer
 from proteus_pipeline.models.device import device_class, matmul_rate, resolve_device
 from proteus_pipeline.models.pooling import POOLINGS
+from proteus_pipeline.registry.weights import remote_settings
 from proteus_pipeline.sequences.fasta import Record, shown
 from proteus_pipeline.stages.adhoc import composed_of
 from proteus_pipeline.stages.compose import check_cache_folders, extent, recipe_of
@@ -29,15 +30,19 @@ from proteus_pipeline.stages.embed import embed_records
 from proteus_pipeline.stages.notes import note
 from proteus_pipeline.stages.project import CANDIDATE, COMPOSED, MANIFEST, Project
 from proteus_pipeline.stores.files import storage_error
+from proteus_pipeline.stores.places import check_location, scheme_of
 
 if TYPE_CHECKING:
     from proteus_pipeline.embeddings.checking import Audited
     from proteus_pipeline.embeddings.housekeeping import Cleaning
     from proteus_pipeline.registry.version import ModelVersion
+    from proteus_pipeline.stores.store import Store
 
 # What the encoder reaches of a machine's products: half, or more (benchmarks/encoder_vs_peers.py).
 _SHARE_OF_PRODUCTS = 0.5
 UNATTESTED = "unattested"
+# Beside what DVC keeps in its remote.
+_IN_REMOTE = "embeddings"
 
 
 @dataclass(frozen=True)
@@ -338,6 +343,36 @@ def compute_lost(project: Project, overrides: Sequence[str]) -> int:
         gone = [r for r in records if recipe.key(model["trunk_digest"], r.sequence) in lost]
         computed += embed_records(project, composed, stage, gone).computed if gone else 0
     return computed
+
+
+def other_cache(project: Project, cache: EmbeddingCache, location: str | None) -> Store | Path | str:
+    """Return the cache to copy to or from: as named, else ``PROTEUS_S3_URL``, ``cache.shared``, or the DVC remote's bucket.
+
+    Raises
+    ------
+    StorageError
+        When none is named anywhere.
+    ConfigError
+        When its URL can't be used.
+
+    """
+    location = location or os.environ.get("PROTEUS_S3_URL") or None
+    if location:
+        check_location(location)
+        return location if scheme_of(location) else Path(location).expanduser()
+    if cache.shared:
+        return cache.shared
+    from proteus_pipeline.stores.s3 import S3Store
+
+    for remote in remote_settings(project.home):
+        if scheme_of(remote.get("url", "")) == "s3":
+            url = f"{remote['url'].rstrip('/')}/{_IN_REMOTE}"
+            return S3Store(
+                url, endpoint=remote.get("endpointurl"), region=remote.get("region"), profile=remote.get("profile")
+            )
+    raise StorageError(
+        "no other cache is named", "name a folder or s3://BUCKET/PREFIX, or set PROTEUS_S3_URL, or cache.shared"
+    )
 
 
 @dataclass(frozen=True)

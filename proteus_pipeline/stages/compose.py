@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from proteus_pipeline.config.composition import COMMAND_LINE, PARAMS, Composition, compose, read_params
+from proteus_pipeline.embeddings.cluster import ClusterOptions
+from proteus_pipeline.embeddings.engine import ENGINES
 from proteus_pipeline.embeddings.manifest import read_manifest
 from proteus_pipeline.embeddings.recipe import Recipe
 from proteus_pipeline.errors import ConfigError, ProteusError, StorageError, VersionNotFoundError
@@ -33,6 +35,7 @@ from proteus_pipeline.stages.notes import note
 from proteus_pipeline.stages.probing import ProbeSettings
 from proteus_pipeline.stages.project import CANDIDATE, COMPOSED, MANIFEST, Project, installed
 from proteus_pipeline.stores.files import storage_error, write_atomic
+from proteus_pipeline.stores.places import check_location, scheme_of
 from proteus_pipeline.stores.redis_url import VARIABLE, given_url, parse_url
 
 if TYPE_CHECKING:
@@ -98,6 +101,8 @@ def resolve(
     """
     settings = composition.settings
     value = resolve_stages(project, composition, ("embed", "compare"), progress)
+    if settings.engine == "dask":  # here, and not where nothing is computed: a colleague may look without a cluster
+        cluster_options(project, value["cluster"]).check_usable()
     value["data"] |= _input_digests(project, settings.data)
     return value
 
@@ -110,8 +115,10 @@ def resolve_stages(
 ) -> dict[str, Any]:
     """Return what `resolve` does for some stages' models, without reading the input files."""
     settings = composition.settings
-    if settings.engine != "local":
-        raise composition.blame(ConfigError(f"{settings.engine!r} is no engine", "use local"), "engine")
+    if settings.engine not in ENGINES:
+        raise composition.blame(
+            ConfigError(f"{settings.engine!r} is no engine", f"use {' or '.join(ENGINES)}"), "engine"
+        )
     _check_ranges(composition)
     stages = {
         name: _stage(project, composition, name, getattr(settings.stages, name).model, progress) for name in names
@@ -127,6 +134,7 @@ def resolve_stages(
         "cache": dataclasses.asdict(settings.cache),
         "engine": settings.engine,
         "runtime": dataclasses.asdict(settings.runtime),
+        "cluster": dataclasses.asdict(settings.cluster),
     }
 
 
@@ -147,6 +155,14 @@ def recipe_of(composed: dict[str, Any], stage: str) -> Recipe:
         window=own["window"],
         overlap=own["overlap"],
     )
+
+
+def cluster_options(project: Project, settings: dict[str, Any]) -> ClusterOptions:
+    """Return a composed ``cluster`` section; certificates are named from the project's root, as all paths are."""
+    files = {
+        n: str(project.home / Path(settings[n]).expanduser()) for n in ("tls_ca", "tls_cert", "tls_key") if settings[n]
+    }
+    return ClusterOptions(**settings | files)
 
 
 def _stage(
@@ -226,6 +242,7 @@ def _check_ranges(composition: Composition) -> None:
         ("embedding", lambda: _recipe_values(composition)),
         ("cache", lambda: _check_cache(s.cache)),
         ("runtime", lambda: _check_runtime(s.runtime)),
+        ("cluster", lambda: ClusterOptions(**dataclasses.asdict(s.cluster))),
     ]
     for section, check in checks:
         try:
@@ -243,7 +260,15 @@ def _recipe_values(composition: Composition) -> None:
 def _check_cache(settings: CacheSettings) -> None:
     from proteus_pipeline.embeddings.cache import EmbeddingCache
 
-    EmbeddingCache(".", accept=settings.accept, max_bytes=settings.max_bytes, policy=settings.policy)
+    EmbeddingCache(
+        ".",
+        accept=settings.accept,
+        max_bytes=settings.max_bytes,
+        policy=settings.policy,
+        shared=settings.shared,
+        local_bytes=settings.local_bytes,
+        write_back=settings.write_back,
+    )
     if settings.redis:  # what the environment says is blamed on no file
         check_redis(settings)
 
@@ -270,20 +295,26 @@ def check_redis(settings: CacheSettings) -> None:
 
 
 def check_cache_folders(project: Project, settings: CacheSettings) -> None:
-    """Refuse a cache that can't be a folder, and a shared one that is no cache.
+    """Refuse a cache that can't be a folder, and a shared one that is no cache. No server is asked.
 
     Raises
     ------
     StorageError
         Naming the key and the path.
+    ConfigError
+        For a URL that can't be used.
 
     """
+    if scheme_of(settings.path):
+        raise ConfigError(f"cache.path is {settings.path}, and has to be a folder", "set cache.shared to a URL")
     path = project.home / Path(settings.path).expanduser()
     there = next(p for p in (path, *path.absolute().parents) if os.path.lexists(p))
     if not there.is_dir():
         raise StorageError(f"cache.path is {path}, and {there} is no folder", "set cache.path=FOLDER")
     check_redis(settings)
-    if settings.shared:
+    if settings.shared and scheme_of(settings.shared):
+        check_location(settings.shared)
+    elif settings.shared:
         check_is_cache(project.home / Path(settings.shared).expanduser(), "cache.shared")
 
 

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from proteus_pipeline.embeddings.computing import Progress
-from proteus_pipeline.embeddings.embedder import Outcome, embed
+from proteus_pipeline.embeddings.dask_engine import DaskEngine
+from proteus_pipeline.embeddings.embedder import Outcome, embed_by
+from proteus_pipeline.embeddings.engine import Engine, LocalEngine
 from proteus_pipeline.embeddings.manifest import listed, write_manifest
+from proteus_pipeline.embeddings.shard_task import Weights
 from proteus_pipeline.errors import IntegrityError
-from proteus_pipeline.models.device import attested, resolve_device
+from proteus_pipeline.models.device import attested, device_class, resolve_device
 from proteus_pipeline.sequences.fasta import Record, read_fasta
-from proteus_pipeline.stages.compose import recipe_of
-from proteus_pipeline.stages.project import MANIFEST, SEQUENCES, Project
+from proteus_pipeline.stages.compose import cluster_options, recipe_of
+from proteus_pipeline.stages.project import CLUSTER, MANIFEST, SEQUENCES, Project
 
 if TYPE_CHECKING:
     from proteus_pipeline.models.encoder import Encoder
+    from proteus_pipeline.registry.version import ModelVersion
 
 
 def run(project: Project, progress: Progress | None = None) -> Outcome:
@@ -47,7 +52,7 @@ def write_stage_manifest(
 def embed_records(
     project: Project, composed: dict[str, Any], stage: str, records: Sequence[Record], progress: Progress | None = None
 ) -> Outcome:
-    """Embed records by a stage's model: hits from the cache, the rest through the encoder.
+    """Embed records by a stage's model: hits from the cache, the rest by the engine.
 
     Raises
     ------
@@ -55,26 +60,57 @@ def embed_records(
         When the weights are not those composed.yaml was made with.
     StorageError
         When the weights or the cache can't be used.
+    ClusterError
+        When a cluster could not compute all of it.
 
     """
-    runtime = composed["runtime"]
-    model = composed["stages"][stage]["model"]
-    recipe = recipe_of(composed, stage)
-
-    return embed(
+    return embed_by(
+        engine_of(project, composed, stage, records),
         [r.sequence for r in records],
-        trunk=model["trunk_digest"],
-        recipe=recipe,
+        trunk=composed["stages"][stage]["model"]["trunk_digest"],
+        recipe=recipe_of(composed, stage),
         cache=project.cache(composed),
-        encoder=lambda: stage_encoder(project, composed, stage),
-        attest=lambda: attested(resolve_device(runtime["device"])),
-        token_budget=runtime["tokens_per_batch"],
         progress=progress,
     )
 
 
-def stage_encoder(project: Project, composed: dict[str, Any], stage: str) -> Encoder:
-    """Return an encoder of a stage's model, its weights fetched where they are not there.
+def engine_of(project: Project, composed: dict[str, Any], stage: str, records: Sequence[Record]) -> Engine:
+    """Return where a stage's misses are computed; nothing is started or loaded before there is one."""
+    runtime = composed["runtime"]
+    if composed["engine"] == "local":
+        return LocalEngine(
+            lambda: stage_encoder(project, composed, stage),
+            lambda: attested(resolve_device(runtime["device"])),
+            runtime["tokens_per_batch"],
+        )
+    shared, same_class = composed["cache"]["shared"], composed["cache"]["accept"] == "same_class"
+    return DaskEngine(
+        cluster_options(project, composed["cluster"]),
+        lambda: _weights(project, composed, stage),
+        (project.cache(composed).path.absolute(), (project.home / Path(shared).expanduser()) if shared else None),
+        lambda: device_class(resolve_device(runtime["device"])) if same_class else "",
+        project.home / CLUSTER,
+        {r.sequence: r.id for r in reversed(records)},
+    )
+
+
+def _weights(project: Project, composed: dict[str, Any], stage: str) -> Weights:
+    """Return which weights the workers load, having made sure that they are there."""
+    runtime, model = composed["runtime"], composed["stages"][stage]["model"]
+    stage_version(project, composed, stage)
+    return Weights(
+        home=str(project.home.absolute()),
+        reference=model["reference"],
+        trunk=model["trunk_digest"],
+        device=runtime["device"],
+        max_memory_gb=runtime["max_memory_gb"],
+        threads=None,  # cluster.threads says it, or what a worker has
+        token_budget=runtime["tokens_per_batch"],
+    )
+
+
+def stage_version(project: Project, composed: dict[str, Any], stage: str) -> ModelVersion:
+    """Return a stage's version, its weights fetched where they are not there.
 
     Raises
     ------
@@ -82,23 +118,37 @@ def stage_encoder(project: Project, composed: dict[str, Any], stage: str) -> Enc
         When the weights are not those that the configuration was composed with.
     StorageError
         When they can't be had.
-    CacheMemoryError
-        When they have no room in ``runtime.max_memory_gb``.
 
     """
-    import torch
-
     from proteus_pipeline.registry.provision import provide
 
-    threads, model = composed["runtime"]["threads"], composed["stages"][stage]["model"]
-    if threads:
-        torch.set_num_threads(threads)
+    model = composed["stages"][stage]["model"]
     version = provide(project.manager, model["reference"], project.catalogue)
     if version.checkpoint.trunk_digest != model["trunk_digest"]:
         raise IntegrityError(
             f"{model['reference']} has trunk {version.checkpoint.trunk_digest}, composed.yaml {model['trunk_digest']}",
             "run: dvc repro compose",
         )
+    return version
+
+
+def stage_encoder(project: Project, composed: dict[str, Any], stage: str) -> Encoder:
+    """Return an encoder of a stage's model in this process.
+
+    Raises
+    ------
+    IntegrityError, StorageError
+        As `stage_version`.
+    CacheMemoryError
+        When the weights have no room in ``runtime.max_memory_gb``.
+
+    """
+    import torch
+
+    threads = composed["runtime"]["threads"]
+    if threads:
+        torch.set_num_threads(threads)
+    version = stage_version(project, composed, stage)
     return project.models(composed).get_or_load(version).encoder()
 
 
@@ -106,4 +156,5 @@ def summary(outcome: Outcome) -> dict[str, Any]:
     """Return an outcome's counts, as results/run.json has them."""
     fields = ("sequences", "unique", "hits", "derived", "computed", "tokens", "from_redis")
     seconds = {"seconds": round(outcome.seconds, 3), "saved_seconds": round(outcome.saved_seconds, 3)}
-    return {field: getattr(outcome, field) for field in fields} | seconds | {"misses": outcome.misses}
+    counts = {field: getattr(outcome, field) for field in fields} | seconds | {"misses": outcome.misses}
+    return counts | ({"workers": outcome.workers} if outcome.workers else {})

@@ -16,6 +16,7 @@ import yaml
 from proteus_pipeline.errors import StorageError
 from proteus_pipeline.registry.places import project_root
 from proteus_pipeline.stores.files import write_atomic
+from proteus_pipeline.stores.places import scheme_of
 
 if TYPE_CHECKING:
     from proteus_pipeline.embeddings.cache import EmbeddingCache
@@ -37,6 +38,7 @@ DRIFT = "results/drift.json"
 DRIFTS = "results/drift.csv"
 REPORT = "results/report.html"
 RUN = "results/run.json"
+CLUSTER = ".proteus/cluster"
 _PACKAGES = (
     "proteus_pipeline", "torch", "numpy", "scikit-learn", "zarr", "numcodecs", "xxhash", "hydra-core", "dvc", "gitpython"
 )  # fmt: skip
@@ -105,15 +107,16 @@ class Project:
 
         settings = composed["cache"]
         device = composed["runtime"]["device"]
-        shared = settings["shared"]
         return EmbeddingCache(
             self.home / Path(settings["path"]).expanduser(),
             accept=settings["accept"],
             device_class=lambda: device_class(resolve_device(device)),
-            shared=self.home / Path(shared).expanduser() if shared else None,
+            shared=self.place(settings["shared"]) if settings["shared"] else None,
             max_bytes=settings["max_bytes"],
             policy=settings["policy"],
             redis=self._redis(settings.get("redis")),
+            local_bytes=settings["local_bytes"],
+            write_back=settings["write_back"],
         )
 
     def _redis(self, setting: str | None) -> RedisClient | None:
@@ -129,6 +132,10 @@ class Project:
     @cached_property
     def _clients(self) -> dict[str, RedisClient]:
         return {}
+
+    def place(self, location: str) -> Path | str:
+        """Return where another cache lies: a path from the project's root, or a URL as it is."""
+        return location if scheme_of(location) else self.home / Path(location).expanduser()
 
     def models(self, composed: dict[str, Any]) -> ModelCacheManager:
         """Return the loaded models of a composed configuration: those of one precision, numerics and device."""

@@ -8,6 +8,7 @@ import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 
 from proteus_pipeline.errors import StorageError
@@ -164,3 +165,15 @@ def md5_file(path: Path) -> str:
             return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
     except OSError as error:
         raise storage_error("read", path, error) from error
+
+
+@lru_cache
+def file_system(device: int, mounts: Path = Path("/proc/self/mountinfo")) -> str:
+    """Return the kind of file system of a device number (``st_dev``), as ``ext4`` or ``nfs4``; empty where nobody says."""
+    number = f"{os.major(device)}:{os.minor(device)}"
+    with suppress(OSError):
+        for line in mounts.read_text(encoding="utf-8", errors="replace").splitlines():
+            before, _, after = line.partition(" - ")
+            if before.split()[2:3] == [number]:
+                return after.partition(" ")[0]
+    return ""

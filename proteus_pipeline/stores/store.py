@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Protocol
 
 from proteus_pipeline.errors import StorageError
-from proteus_pipeline.stores.files import TEMPORARY_PREFIX, replace_atomic, storage_error, write_atomic
+from proteus_pipeline.stores.files import TEMPORARY_PREFIX, file_system, replace_atomic, storage_error, write_atomic
 
 _OPEN_FILES = 128
 # A folder's time is that of a clock which ticks every few milliseconds: a file may appear in the tick of the last listing.
@@ -223,8 +223,12 @@ class LocalStore:
     def map(self, name: str) -> memoryview | mmap.mmap:
         try:
             with (self.root / name).open("rb") as file:
-                if os.fstat(file.fileno()).st_size == 0:
+                status = os.fstat(file.fileno())
+                if status.st_size == 0:
                     return memoryview(b"")
+                if file_system(status.st_dev).startswith("nfs"):
+                    # When another node removes a mapped file, whoever touches a page that was not read yet is killed.
+                    return memoryview(file.read())
                 return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except FileNotFoundError:
             raise

@@ -17,7 +17,7 @@ from proteus_pipeline.registry.records import read_record
 HEAVY = {
     "torch", "dvc", "zarr", "numpy", "scipy", "sklearn", "hydra", "omegaconf", "plotly", "requests", "git",
     "safetensors", "esm", "transformers", "numcodecs", "jinja2", "jsonschema",
-    "anndata", "h5py", "pandas", "pyarrow",
+    "anndata", "h5py", "pandas", "pyarrow", "dask", "dask_jobqueue", "distributed",
 }  # fmt: skip
 RUN = """
 import json, sys

@@ -159,7 +159,7 @@ def test_a_missing_value_can_be_given_on_the_command_line(project: Path):
         ("params.yaml", "folds: null", "folds: many", "probe.folds"),
         (EMBEDDING, "layer: -1", "layer: last", "embedding.layer"),
         (CONFIG, "engine: local", "engine: [local]", "engine"),
-        ("params.yaml", "threads: null", "threads: all", "runtime.threads"),
+        ("params.yaml", "threads: null\n  tokens", "threads: all\n  tokens", "runtime.threads"),
         ("params.yaml", "max_memory_gb: null", "max_memory_gb: half", "runtime.max_memory_gb"),
     ],
 )

@@ -30,8 +30,8 @@ VECTORS = 2000
 POISONED = 1000 if TORTURE else 200
 ROUNDS = 10 if TORTURE else 1
 WORKERS = 6
-# One call makes a few round trips, of which the first that fails ends it: what one takes at most, and a busy machine adds.
-BOUND_S = TRIP_S + 1.0
+# A look-up here is two round trips, of the generation and of the vectors, each slow at worst; and what a busy machine adds.
+BOUND_S = 2 * TRIP_S + 1.0
 
 RECIPE = Recipe(layer=2)
 SECRET = "a secret of this lab"
@@ -182,4 +182,5 @@ def test_nothing_that_happens_to_redis_makes_a_wrong_vector_or_a_long_wait(
     assert rejected > POISONED * ROUNDS / 10 and failures
     levels = [r.levelno for r in caplog.records if r.levelno >= logging.WARNING]
     outages = [r for r in caplog.records if "going on without it" in r.getMessage() and r.levelno >= logging.WARNING]
-    assert len(outages) == WORKERS and len(levels) <= 2 * WORKERS  # one each: that it was gone, that it was poisoned
+    # One each at most, of a client's two: that it was gone, that it was poisoned.
+    assert 1 <= len(outages) <= WORKERS and len(levels) <= 2 * WORKERS

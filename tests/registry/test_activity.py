@@ -8,7 +8,7 @@ from conftest import make_checkpoint
 from registering import Given, objects
 
 from proteus_pipeline.errors import VersionConflictError
-from proteus_pipeline.registry.activity import count_event
+from proteus_pipeline.registry.activity import CONFLICTS, count_event
 from proteus_pipeline.registry.versions import ModelVersionManager
 
 
@@ -37,7 +37,7 @@ def test_a_registry_counts_what_happened_in_whatever_process(repository: Path):
 
 def count(root: Path) -> None:
     for _ in range(50):
-        count_event(root, "conflict")
+        count_event(root, CONFLICTS)
 
 
 def test_counts_of_several_processes_add_up(repository: Path):
@@ -53,5 +53,5 @@ def test_counts_of_several_processes_add_up(repository: Path):
 def test_a_count_that_cant_be_written_is_lost_and_nothing_else(repository: Path):
     (repository / ".proteus").mkdir()
     (repository / ".proteus" / "metrics").touch()
-    count_event(repository, "conflict")
+    count_event(repository, CONFLICTS)
     assert ModelVersionManager(repository).metrics().conflicts == 0

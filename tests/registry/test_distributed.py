@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import pickle
+import socket
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from proteus_pipeline.errors import (
     VersionNotFoundError,
 )
 from proteus_pipeline.models.checkpoint import Checkpoint
+from proteus_pipeline.registry import shared
 from proteus_pipeline.registry.distributed import DistributedVersionManager
 from proteus_pipeline.registry.versions import ModelVersionManager
 
@@ -286,3 +288,34 @@ def test_the_buckets_remote_is_configured_once_and_verifies(
     another = DistributedVersionManager(cache_backend=None, storage_path=repository)
     assert another.bucket.url == "s3://another/place"
     assert DistributedVersionManager(cache_backend=None, storage_path=repository).bucket.name == another.bucket.name
+
+
+def test_a_remote_that_refuses_is_quoted_and_nothing_is_made(group: Group, tmp_path: Path, tiny: Checkpoint):
+    hook = group.hub / "hooks" / "pre-receive"
+    hook.parent.mkdir(exist_ok=True)
+    hook.write_text("#!/bin/sh\nexit 1\n")
+    hook.chmod(0o755)
+    manager = group.clone(tmp_path / "clone")
+    with pytest.raises(StorageError, match="pre-receive hook declined") as caught:
+        manager.register_version(Given("m", tiny), "1.0.0")
+    assert "\n" not in str(caught.value)
+    assert git(manager.root, "for-each-ref", "refs/tags", "refs/proteus") == ""
+    hook.unlink()
+    assert manager.register_version(Given("m", tiny), "1.0.0").current
+
+
+def test_a_remote_that_hangs_ends_in_an_error(
+    tmp_path: Path, tiny: Checkpoint, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr(shared, "ASK_S", 1.0)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        manager = DistributedVersionManager(
+            cache_backend=None,
+            storage_path=tmp_path / "home",
+            s3_url="s3://bucket/x",
+            git_remote=f"git://127.0.0.1:{silent.getsockname()[1]}/x",
+        )
+        assert manager.list_models() == {}
+        assert "which may be out of date" in caplog.text
+        with pytest.raises(StorageError, match=r"can't be reached \(git ls-remote took over 1 s\)"):
+            manager.register_version(Given("m", tiny), "1.0.0")

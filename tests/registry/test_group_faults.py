@@ -23,8 +23,9 @@ from redis_server import RedisServer, redis_server
 from registering import Given
 from s3 import BUCKET
 
-from proteus_pipeline.errors import ProteusError, StorageError
+from proteus_pipeline.errors import ProteusError, StorageError, VersionConflictError
 from proteus_pipeline.models.checkpoint import Checkpoint
+from proteus_pipeline.registry import bucket
 from proteus_pipeline.registry.hints import TRUSTED_S
 
 TORTURE = os.environ.get("PROTEUS_TORTURE") == "1"
@@ -179,6 +180,30 @@ def test_a_registration_that_is_killed_is_whole_or_absent_and_the_same_command_c
     assert group.clone(root).verify() == []
 
 
+def test_s3_that_hangs_ends_in_an_error_and_nothing_is_registered(
+    group: Group, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(bucket, "_READ_S", "1")
+    manager, second = group.clone(tmp_path / "clone"), group.clone(tmp_path / "second")
+    manager.register_version(Given("m", weights(0)), "1.0.0")
+    group.s3.pause()
+    try:
+        for use in (
+            lambda: manager.register_version(Given("m", weights(1)), "1.1.0"),
+            lambda: second.get_version("m", "1.0.0").checkpoint,
+        ):
+            began = time.monotonic()
+            with pytest.raises(StorageError, match="Read timeout") as caught:
+                use()
+            assert time.monotonic() - began < 60
+            assert "\n" not in str(caught.value)
+    finally:
+        group.s3.resume()
+    assert list(group.published()) == ["m@v1.0.0"]
+    assert manager.register_version(Given("m", weights(1)), "1.1.0").version == "1.1.0"
+    assert second.get_version("m", "1.0.0").checkpoint.model_digest == weights(0).model_digest
+
+
 # Redis
 
 
@@ -243,3 +268,6 @@ def test_a_hint_spares_looks_and_what_came_past_redis_shows_after_a_moment(
     assert hinted.stamp("m") != stamp
     assert hinted.resolve("m").version == "1.1.0"
     assert without.stamp("m") is None, "nobody tells: each look-up looks"
+    with pytest.raises(VersionConflictError):
+        hinted.register_version(Given("m", weights(2)), "1.0.0")
+    assert (hinted.counted("proteus_version_conflicts_total"), without.counted("conflict")) == (1, None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sysconfig
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -50,6 +51,14 @@ class S3Server(Server):
             self._ready_now,
             {"AWS_ACCESS_KEY_ID": ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": SECRET_KEY},
         )
+
+    def start(self) -> None:
+        super().start()
+        for _ in range(100):  # it answers before it has made its bucket
+            if BUCKET in {b["Name"] for b in self.client().list_buckets()["Buckets"]}:
+                return
+            time.sleep(0.05)
+        raise RuntimeError(f"{self.endpoint} has no bucket {BUCKET}")
 
     def _ready_now(self) -> bool:
         try:

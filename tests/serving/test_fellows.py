@@ -17,7 +17,7 @@ from conftest import git, make_checkpoint
 from redis_server import RedisServer, redis_server
 
 from proteus_pipeline import ModelCacheManager, ModelInterface, ModelVersionManager
-from proteus_pipeline.errors import CacheInvalidationError, ConfigError, StorageError
+from proteus_pipeline.errors import CacheInvalidationError, ConfigError, StorageError, VersionNotFoundError
 from proteus_pipeline.models.folder import write_folder
 from proteus_pipeline.serving import fellows
 from proteus_pipeline.serving.fellows import STALE_S, TURN_WAIT_S, Fellows
@@ -259,6 +259,16 @@ def test_what_is_wrong_is_one_line(registry: ModelVersionManager, options: dict[
         ModelCacheManager(version_manager=registry, **options)  # type: ignore[arg-type]
     assert str(refused.value).startswith(said)
     assert "hunter2" not in str(refused.value)
+
+
+def test_names_that_mean_nothing_are_not_asked_about_for_ever(registry: ModelVersionManager, server: RedisServer):
+    cache = ModelCacheManager(distributed=True, version_manager=registry)
+    cache.preload("m")
+    for number in range(20):
+        assert cache.get_cached_model(f"nobody{number}") is None
+        with pytest.raises(VersionNotFoundError):
+            cache.get_or_load(f"nobody{number}@v1.0.0")
+    assert cache._fellows is not None and set(cache._fellows._heard) == {"m"}
 
 
 def test_distributed_stays_as_it_was_made(registry: ModelVersionManager, server: RedisServer):

@@ -558,7 +558,7 @@ def test_the_text_for_prometheus_has_the_numbers_of_the_stats(cache: ModelCacheM
     device = stats["devices"]["cpu"]
 
     def value(name: str, **labels: str) -> float:
-        return found[f"proteus_cache_{name}", *sorted({"cache": "model", **labels}.items())]
+        return found[f"proteus_cache_{name}", *sorted({"cache": "models", **labels}.items())]
 
     assert value("requests_total", result="hit") == value("requests_total", result="miss") == 1
     assert value("loads_total", source="weights") == stats["loads"] == 1
@@ -566,15 +566,16 @@ def test_the_text_for_prometheus_has_the_numbers_of_the_stats(cache: ModelCacheM
     assert value("limit_bytes", device="cpu") == device["limit_bytes"] == 4e9
     for kind in ("models", "loading", "calls", "freeing", "compressed"):
         assert value("bytes", device="cpu", kind=kind) == device[f"{kind}_bytes"]
-    assert value("load_seconds", quantile="0.95") == pytest.approx(stats["load_seconds"]["p95"])
-    assert families["proteus_cache_age_at_eviction_seconds"].samples == []
-    assert {family.type for family in families.values()} == {"counter", "gauge"}
+    assert value("load_seconds_count") == 1
+    assert value("load_seconds_sum") == pytest.approx(stats["load_seconds"]["p95"])
+    assert value("eviction_age_seconds_count") == 0
+    assert {family.type for family in families.values()} == {"counter", "gauge", "histogram"}
 
 
 def test_a_scrape_is_of_the_moment(cache: ModelCacheManager):
     registry = CollectorRegistry()
     registry.register(cache)
-    labels = {"cache": "model", "result": "miss"}
+    labels = {"cache": "models", "result": "miss"}
     before = registry.get_sample_value("proteus_cache_requests_total", labels)
     cache.get_cached_model("m")
     assert (before, registry.get_sample_value("proteus_cache_requests_total", labels)) == (0, 1)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from proteus_pipeline.errors import StorageError
 from proteus_pipeline.stores.files import (
     atomic_path,
+    file_system,
     md5_file,
     replace_atomic,
     sha256_file,
@@ -191,3 +192,17 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, digest):
 def test_an_unknown_reason_is_still_said():
     assert str(storage_error("read", Path("a"), OSError("odd"))) == "cannot read a: odd; check the location"
     assert "check the disk" in str(storage_error("read", Path("a"), OSError(errno.EIO, "Input/output error")))
+
+
+def test_the_kind_of_file_system_is_the_mounts(tmp_path: Path):
+    here = tmp_path.stat().st_dev
+    sample = tmp_path / "mountinfo"
+    sample.write_text(
+        "22 27 0:21 / /proc rw,relatime - proc proc rw\n"
+        f"36 35 {os.major(here)}:{os.minor(here)} / /a\\040b rw,noatime shared:1 master:2 - nfs4 host:/a rw,vers=4.2\n"
+    )
+    assert file_system(here, sample) == "nfs4"
+    assert file_system(os.makedev(0, 21), sample) == "proc"
+    assert file_system(os.makedev(99, 99), sample) == ""
+    assert file_system(here, tmp_path / "none") == ""
+    assert file_system(Path("/proc").stat().st_dev) == "proc"

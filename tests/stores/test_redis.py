@@ -216,6 +216,15 @@ def test_a_server_that_drips_is_slow_too(caplog: pytest.LogCaptureFixture) -> No
     assert "in time" in caplog.text
 
 
+def test_a_handshake_of_tls_that_drips_ends_too(caplog: pytest.LogCaptureFixture) -> None:
+    with drip(b"\x16\x03\x03\x40\x00" + bytes(1000), 0.1) as port:
+        client = RedisClient(f"rediss://127.0.0.1:{port}/0")
+        began = time.monotonic()
+        assert client.get_many("v", ["a"]) == {}
+        assert time.monotonic() - began < BOUND_S
+    assert client.failures == 1
+
+
 @pytest.mark.parametrize("answer", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"*-7\r\n", b":" * 4000, b"*2\r\n+a\r\n", b""])
 def test_what_is_no_redis_is_nothing(answer: bytes) -> None:
     with drip(answer, 0) as port:

@@ -1,0 +1,217 @@
+"""What a cluster's worker does with a shard. Everything here runs there; what it is given, and returns, is small.
+
+A worker that dies has its shards run again, also those that were finished: so a task asks first whether its entries are
+published. The model is loaded once in a worker, and kept.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from proteus_pipeline.embeddings.cache import EmbeddingCache
+from proteus_pipeline.embeddings.computing import Embedded, Job, spans_of, tokens_of
+from proteus_pipeline.embeddings.leases import seems_free
+from proteus_pipeline.embeddings.recipe import Recipe
+from proteus_pipeline.errors import ConfigError, IntegrityError, StorageError
+from proteus_pipeline.models.device import attested, device_class, resolve_device
+from proteus_pipeline.models.encoder import ENGINE_REVISION
+
+if TYPE_CHECKING:
+    from proteus_pipeline.models.encoder import Encoder
+    from proteus_pipeline.serving.model_cache import ModelCacheManager
+
+# A file that was made on another node shows when a network file system asks its server again: within so many seconds.
+_VISIBLE_S = 60.0
+_LOADING = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Which model a worker computes with, and how.
+
+    Attributes
+    ----------
+    home
+        The registry's folder, which every node sees by this name.
+    reference, trunk
+        The exact version, and what its trunk's digest must be.
+    device, max_memory_gb
+        ``runtime.device``, as each worker means it; what loaded models may take there.
+    threads
+        To compute with; None for as many as Dask was told that the worker has.
+    token_budget
+        Tokens in one pass.
+
+    """
+
+    home: str
+    reference: str
+    trunk: str
+    device: str
+    max_memory_gb: float | None
+    threads: int | None
+    token_budget: int
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the shards of a run have in common.
+
+    Attributes
+    ----------
+    weights, recipe
+        What to compute.
+    cache, shared
+        The cache's folder, which every node sees by this name, and the one beneath it.
+    lease
+        The name of the run's lease in it: a worker that does not see that file has another folder there.
+    only_class
+        The one device class whose entries the run accepts; empty for any.
+
+    """
+
+    weights: Weights
+    recipe: Recipe
+    cache: str
+    shared: str | None
+    lease: str
+    only_class: str
+
+
+class Counts(NamedTuple):
+    """What became of a shard: computed, already there, tokens computed, and by which process of which host."""
+
+    computed: int
+    found: int
+    tokens: int
+    worker: str
+
+
+def compute_shard(task: Task, sequences: dict[str, str]) -> Counts:
+    """Have the cache hold the embeddings of a shard's sequences, by key.
+
+    Raises
+    ------
+    ConfigError
+        When this worker computes other bits than the run asked for: another revision, another device class.
+    StorageError
+        When it does not see the cache, or the weights.
+    IntegrityError
+        When its weights are others.
+
+    """
+    device = _checked(task)
+    cache = EmbeddingCache(
+        task.cache,
+        accept="same_class" if task.only_class else "any",
+        device_class=lambda: device_class(device),
+        shared=task.shared,
+    )
+    with cache.hold() as lease:
+        found = {entry.key for entry, _ in cache.find(sequences)}
+        missing = {key: s for key, s in sequences.items() if key not in found}
+        tokens, theirs = 0, 0
+        if missing:
+            weights, recipe = task.weights, task.recipe
+            encoder = _encoder(weights, recipe, device)
+            budget = weights.token_budget
+            job = Job(weights.trunk, recipe, cache, encoder, attested(device), budget, lease, None)
+            done: dict[str, Embedded] = {}
+            theirs = len(job.run(missing, done))
+            tokens = sum(tokens_of(spans_of(s, recipe)) for s in missing.values())
+    return Counts(len(missing) - theirs, len(found) + theirs, tokens, _here())
+
+
+def _here() -> str:
+    return f"{socket.gethostname()} (process {os.getpid()})"
+
+
+def _checked(task: Task) -> str:
+    """Return the device to compute on, once it is clear that this worker computes what was asked for."""
+    host = socket.gethostname()
+    if task.recipe.engine != ENGINE_REVISION:
+        raise ConfigError(
+            f"the worker on {host} computes by engine revision {ENGINE_REVISION}, and the run asks for {task.recipe.engine}",
+            "install the same proteus_pipeline there",
+        )
+    lease = Path(task.cache, task.lease)
+    _wait_for(
+        lease,
+        f"the worker on {host} does not see this run's cache, {task.cache}",
+        "set cache.path to a folder that all nodes share, by the same name",
+    )
+    if seems_free(lease):
+        raise StorageError(
+            f"locks in {task.cache} do not reach from the run's node to {host}: each would take the other's runs for dead",
+            "mount it with flock (Lustre, not localflock) or without local_lock (NFS)",
+        )
+    _wait_for(
+        Path(task.weights.home),
+        f"the worker on {host} does not see {task.weights.home}",
+        "keep the project in a folder that all nodes share, by the same name",
+    )
+    device = resolve_device(task.weights.device)
+    if task.only_class and device_class(device) != task.only_class:
+        raise ConfigError(
+            f"cache.accept=same_class: the worker on {host} is {device_class(device)}, this machine {task.only_class}",
+            "use cache.accept=any, or start the run on a machine like the workers",
+        )
+    return device
+
+
+def _wait_for(path: Path, what: str, remedy: str) -> None:
+    ends = time.monotonic() + _VISIBLE_S
+    while not path.exists():
+        if time.monotonic() > ends:
+            raise StorageError(what, remedy)
+        time.sleep(0.5)
+
+
+def _encoder(weights: Weights, recipe: Recipe, device: str) -> Encoder:
+    """Return the encoder over a version's weights: loaded at the first shard that needs it, and kept by this process."""
+    import torch
+
+    threads = weights.threads or _threads_of_worker()
+    if threads:
+        torch.set_num_threads(threads)
+    with _LOADING:
+        models = _models(weights, recipe.precision, recipe.numerics, device)
+    model = models.get_or_load(weights.reference)
+    if model.checkpoint.trunk_digest != weights.trunk:
+        raise IntegrityError(
+            f"{weights.reference} has trunk {model.checkpoint.trunk_digest} on {socket.gethostname()}, "
+            f"and the run asks for {weights.trunk}",
+            "run: proteus model verify",
+        )
+    return model.encoder()
+
+
+@lru_cache
+def _models(weights: Weights, precision: str, numerics: str, device: str) -> ModelCacheManager:
+    from proteus_pipeline.registry.versions import ModelVersionManager
+    from proteus_pipeline.serving.model_cache import ModelCacheManager
+
+    return ModelCacheManager(
+        weights.max_memory_gb,
+        version_manager=ModelVersionManager(weights.home),
+        precision=precision,
+        numerics=numerics,
+        device=device,
+        tokens_per_batch=weights.token_budget,
+    )
+
+
+def _threads_of_worker() -> int:
+    from distributed import get_worker
+
+    try:
+        return int(get_worker().state.nthreads)
+    except ValueError:  # no worker: called as a function
+        return 0

@@ -1,0 +1,206 @@
+"""A group's cache beneath one's own, on this machine or in a bucket: read through, written back to, and done without."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from proteus_pipeline.embeddings.events import FOLDER as EVENTS
+from proteus_pipeline.embeddings.exchange import copy_segment
+from proteus_pipeline.embeddings.index import INDEXES, RUNS, SegmentHeader
+from proteus_pipeline.embeddings.publication import SEGMENTS
+from proteus_pipeline.embeddings.visible import Entry, Visible
+from proteus_pipeline.errors import ConfigError, IntegrityError, StorageError
+from proteus_pipeline.identity import digests
+from proteus_pipeline.stores.places import open_place, scheme_of
+from proteus_pipeline.stores.read_through import ReadThrough
+from proteus_pipeline.stores.s3 import S3Store
+from proteus_pipeline.stores.s3_access import PATIENT, QUICK, Patience
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from proteus_pipeline.stores.store import Store
+
+LOCAL_BYTES = 2 << 30
+"""What the tier of a shared cache's files may take here, where nothing else is said."""
+FOLDER = "shared"
+_FOLDERS = (SEGMENTS, INDEXES, RUNS, EVENTS)
+# Read ahead at a time, and twice this is in memory: neighbours among so many are read together, which is what makes it fast.
+_AHEAD_BYTES = 256 << 20
+_log = logging.getLogger(__name__)
+
+
+class DistantVisible(Visible):
+    """What is seen of a cache in a bucket: nothing while it can't be asked, which is warned of once."""
+
+    _told = False
+    _tier: ReadThrough
+
+    def __init__(self, tier: ReadThrough, above: Visible) -> None:
+        super().__init__(tier, above)
+        self._tier = tier
+
+    def refresh(self) -> None:
+        try:
+            super().refresh()
+        except StorageError as error:
+            # Not even what was seen before: what hides it now is not known.
+            self.forget()
+            if not self._told:
+                _log.warning("the shared cache is left out: %s", error)
+            self._told = True
+        else:
+            self._told = False
+
+    def _load(self, names: set[str]) -> bool:
+        self._tier.bring(sorted(names - self._loaded.keys()))
+        return super()._load(names)
+
+    def _pass_over(self, name: str, error: Exception) -> None:
+        if isinstance(error, StorageError) and not isinstance(error, IntegrityError):
+            raise error  # it may be sound: the place does not answer
+        super()._pass_over(name, error)
+
+
+def open_tier(place: Store | Path | str, cache: Path, local_bytes: int, patience: Patience = PATIENT) -> Store:
+    """Return the store of another cache; one in a bucket is read through a folder of this one.
+
+    Parameters
+    ----------
+    place
+        A path, an S3 URL, or a store.
+    cache
+        This cache's folder.
+    local_bytes
+        What its tier may take.
+    patience
+        For how long a server is asked.
+
+    Raises
+    ------
+    ConfigError
+        For a URL that can't be used.
+
+    """
+    store = open_place(place, patience) if isinstance(place, (str, Path)) else place
+    if not isinstance(store, S3Store):
+        return store
+    return ReadThrough(store, cache / FOLDER / digests.of_record("place", store.location)[:16], local_bytes)
+
+
+def open_shared(
+    location: Path | str | None, cache: Path, local_bytes: int, above: Visible
+) -> tuple[Store | None, Visible | None]:
+    """Return the store of the cache beneath another one, and what is seen of it; None and None for none."""
+    if local_bytes < 1:
+        raise ConfigError(f"cache.local_bytes is {local_bytes}", "use a number of bytes above 0")
+    if not location:
+        return None, None
+    store = open_tier(location, cache, local_bytes, QUICK)
+    return store, DistantVisible(store, above) if isinstance(store, ReadThrough) else Visible(store, above)
+
+
+def check_has_cache(store: Store) -> None:
+    """Refuse a bucket's prefix that no cache was ever written to: a wrong URL would look like an empty cache.
+
+    Raises
+    ------
+    StorageError
+        When there is none, or the bucket can't be asked.
+
+    """
+    if isinstance(store, ReadThrough) and not any(store.names(folder) for folder in _FOLDERS):
+        raise StorageError(f"{store.location} is no embedding cache", f"it has none of {', '.join(_FOLDERS)}")
+
+
+def reading_ahead(
+    store: ReadThrough, found: Sequence[Sequence[Entry]], here: Collection[str]
+) -> Iterator[Sequence[Entry]]:
+    """Yield entries as they come, the bytes of those that lie far away once they were fetched, many by one request.
+
+    Parameters
+    ----------
+    store
+        Where they lie.
+    found
+        The entries of each key, the best first.
+    here
+        The segments that need not be fetched.
+
+    """
+    flying: deque[tuple[list[Sequence[Entry]], list[tuple[str, int, int]]]] = deque()
+    try:
+        for part in _portions(found):
+            wanted = [(f"{SEGMENTS}/{e.segment}", e.offset, e.nbytes) for e, *_ in part if e.segment not in here]
+            store.read_ahead(wanted)
+            flying.append((part, wanted))
+            if len(flying) > 1:
+                yield from flying[0][0]
+                flying.popleft()
+        while flying:
+            yield from flying[0][0]
+            flying.popleft()
+    finally:
+        # Whoever stops asking: the entries that were not read.
+        for _, wanted in flying:
+            store.forget_ahead(wanted)
+
+
+def _portions(found: Sequence[Sequence[Entry]]) -> Iterator[list[Sequence[Entry]]]:
+    part: list[Sequence[Entry]] = []
+    nbytes = 0
+    for entries in found:
+        part.append(entries)
+        nbytes += entries[0].nbytes
+        if nbytes >= _AHEAD_BYTES:
+            yield part
+            part, nbytes = [], 0
+    if part:
+        yield part
+
+
+class WriteBack:
+    """Publishes a cache's new segments to the shared one too.
+
+    Parameters
+    ----------
+    here
+        The cache's own store.
+    place, store
+        Where the shared one lies, and its store.
+
+    """
+
+    def __init__(self, here: Store, place: Path | str, store: Store) -> None:
+        self._here, self._place, self._store = here, place, store
+        # One of its own: segments are published in another thread than entries are looked up in.
+        self._visible = Visible(store)
+        self._told = False
+
+    def __call__(self, header: SegmentHeader, keys: NDArray[np.void], records: NDArray[np.void]) -> None:
+        """Copy a segment that was just published; where that fails, say what to run, once, and let the run go on."""
+        try:
+            copy_segment(self._here, self._store, header, keys, records)
+            self._visible.refresh()
+            merge_far(self._store, self._visible)
+        except StorageError as error:
+            if not self._told:
+                where = f" {self._place}" if scheme_of(self._place) or Path(self._place).is_absolute() else " CACHE"
+                _log.warning(
+                    "new embeddings were kept here alone: %s; when it is there again, run: proteus cache push%s",
+                    error.what, where,
+                )  # fmt: skip
+            self._told = True
+        else:
+            self._told = False
+
+
+def merge_far(store: Store, visible: Visible) -> None:
+    """Merge the indexes of a cache in a bucket where there are many, and may be removed: nobody else does."""
+    if isinstance(store, ReadThrough) and visible.merge_due() and store.far.honours().removes:
+        visible.merge()

@@ -1,0 +1,219 @@
+"""A far place, read through a folder here.
+
+Whole files are kept in the folder, parts of others are read ahead, and a place that does not answer is left alone for a while.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from proteus_pipeline.errors import IntegrityError, StorageError
+from proteus_pipeline.identity import digests
+from proteus_pipeline.stores.files import TEMPORARY_PREFIX, storage_error
+from proteus_pipeline.stores.store import LocalStore, Unfinished
+
+if TYPE_CHECKING:
+    import mmap
+
+    from proteus_pipeline.stores.s3 import S3Store
+
+T = TypeVar("T")
+_log = logging.getLogger(__name__)
+_Range = tuple[str, int, int]
+# How old a listing may be. An index or an invalidation that is published there is seen so much later.
+BELIEVED_SECONDS = 1.0
+# How long a place that failed is not asked again.
+LEFT_ALONE_SECONDS = 30.0
+# A file in the making that is older is of a process that was killed.
+_UNFINISHED_SECONDS = 3600.0
+# Names of files that are kept end in the digest of what they hold.
+_DIGEST_DIGITS = 32
+
+
+class ReadThrough:
+    """A store far away, with a tier of its files here.
+
+    Parameters
+    ----------
+    far
+        The store.
+    folder
+        Where files that are mapped are kept, for every process that reads the same place through it.
+    max_bytes
+        What the folder may take; what was opened longest ago goes first. A larger file is refused.
+
+    """
+
+    def __init__(self, far: S3Store, folder: Path, max_bytes: int) -> None:
+        self.far = far
+        self.location = far.location
+        self._folder, self._max_bytes = folder, max_bytes
+        self._failed: StorageError | None = None
+        self._again = 0.0
+        self._listed: dict[str, dict[str, tuple[int, str]]] = {}
+        self._ahead: dict[_Range, tuple[Future[memoryview], int]] = {}
+        self._lock = threading.Lock()
+        self._told = False
+
+    def _ask(self, request: Callable[[], T]) -> T:
+        """Return what a request gives; where the last one failed, ask nobody until some time has passed."""
+        if self._failed and time.monotonic() < self._again:
+            raise self._failed
+        try:
+            answer = request()
+        except IntegrityError:
+            raise
+        except StorageError as error:
+            self._failed, self._again = error, time.monotonic() + LEFT_ALONE_SECONDS
+            raise
+        self._failed = None
+        return answer
+
+    def names(self, folder: str) -> set[str]:
+        listed = self._ask(partial(self.far.sizes, folder))
+        self._listed[folder] = listed
+        return set(listed)
+
+    def mark(self, folder: str) -> object:  # noqa: ARG002 - a Store's
+        return time.monotonic()
+
+    def unchanged(self, folder: str, since: object) -> bool:  # noqa: ARG002 - a Store's
+        """Say whether a folder was listed a moment ago, and its place has answered since."""
+        return isinstance(since, float) and self._failed is None and time.monotonic() - since < BELIEVED_SECONDS
+
+    def size(self, name: str) -> int:
+        return self._ask(partial(self.far.size, name))
+
+    def read(self, name: str, offset: int = 0, nbytes: int | None = None) -> bytes:
+        if nbytes is not None:
+            with self._lock:
+                coming = self._ahead.pop((name, offset, nbytes), None)
+            if coming is not None:
+                future, at = coming
+                return bytes(self._ask(future.result)[at : at + nbytes])
+        return self._ask(partial(self.far.read, name, offset, nbytes))
+
+    def read_many(self, name: str, offsets: list[int], buffers: list[memoryview]) -> list[bool]:
+        return self._ask(partial(self.far.read_many, name, offsets, buffers))
+
+    def read_ahead(self, wanted: Sequence[_Range]) -> None:
+        """Begin to read ranges that `read` will be asked for, by few requests; their errors are `read`'s."""
+        if self._failed and time.monotonic() < self._again:
+            return
+        coming = self.far.begin_ranges(wanted)
+        with self._lock:
+            self._ahead |= coming
+
+    def forget_ahead(self, wanted: Iterable[_Range]) -> None:
+        """Let go of what was read ahead and not asked for."""
+        with self._lock:
+            for one in wanted:
+                if coming := self._ahead.pop(one, None):
+                    coming[0].cancel()
+
+    def bring(self, names: Iterable[str]) -> None:
+        """Have files in the tier, several at a time, before `map` asks for each, where all have room."""
+        needed = sum(size for listed in self._listed.values() for size, _ in listed.values())
+        if needed > self._max_bytes:
+            if not self._told:
+                _log.warning(
+                    "the indexes of %s take %s bytes, and are fetched again and again: raise cache.local_bytes",
+                    self.location, f"{needed:,}",
+                )  # fmt: skip
+            self._told = True
+            return
+        missing = [name for name in names if self._kept(name) is None]
+        with suppress(FileNotFoundError):  # merged meanwhile
+            self._ask(lambda: self.far.together([partial(self._bring, name) for name in missing]))
+
+    def map(self, name: str) -> memoryview | mmap.mmap:
+        path = self._kept(name)
+        if path is not None:
+            with suppress(OSError):  # another process has just made room
+                mapped = LocalStore(path.parent.parent).map(f"{path.parent.name}/{path.name}")
+                if digests.of_bytes(memoryview(mapped)) == path.name[-_DIGEST_DIGITS:]:
+                    os.utime(path)
+                    return mapped
+                path.unlink(missing_ok=True)  # damaged here: it is fetched again
+        path = self._ask(partial(self._bring, name))
+        return LocalStore(path.parent.parent).map(f"{path.parent.name}/{path.name}")
+
+    def _stem(self, name: str) -> str:
+        # By its ETag too: what was damaged there, and put right, is another file.
+        folder, _, file = name.partition("/")
+        etag = self._listed.get(folder, {}).get(file, (0, ""))[1]
+        return digests.of_record("kept", [self.location, name, etag])
+
+    def _kept(self, name: str) -> Path | None:
+        stem = self._stem(name)
+        return next(iter(sorted(self._folder.glob(f"{stem}-*"))), None) if self._folder.is_dir() else None
+
+    def _bring(self, name: str) -> Path:
+        """Copy a file into the tier, under its content's digest."""
+        folder, _, file = name.partition("/")
+        size = self._listed.get(folder, {}).get(file, (-1, ""))[0]
+        size = self.far.size(name) if size < 0 else size
+        if size > self._max_bytes:
+            raise IntegrityError(
+                f"{self.location}/{name} takes {size:,} bytes, and cache.local_bytes is {self._max_bytes:,}",
+                "raise cache.local_bytes",
+            )
+        temporary = self._folder / f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}"
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self.far.fetch(name, temporary, size)
+            hashed = digests.Hasher()
+            with temporary.open("rb") as copied:
+                while data := copied.read(1 << 20):
+                    hashed.update(data)
+            kept = self._folder / f"{self._stem(name)}-{hashed.hexdigest()}"
+            with self._lock:
+                self._make_room(size)
+                temporary.replace(kept)
+        except (StorageError, FileNotFoundError):
+            raise
+        except OSError as error:
+            raise storage_error("write", self._folder, error) from error
+        finally:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+        return kept
+
+    def _make_room(self, nbytes: int) -> None:
+        """Remove what was opened longest ago, until so many bytes have room; who has it mapped keeps it."""
+        files = []
+        for path in self._folder.iterdir():
+            with suppress(OSError):
+                status = path.stat()
+                if path.name.startswith(TEMPORARY_PREFIX) and time.time() - status.st_mtime < _UNFINISHED_SECONDS:
+                    continue  # another one is fetching it
+                files.append((status.st_mtime, status.st_size, path))
+        total = nbytes + sum(size for _, size, _ in files)
+        for _, size, path in sorted(files):
+            if total <= self._max_bytes:
+                return
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+            total -= size
+
+    def prefetch(self, name: str) -> None:
+        """Do nothing: what is far away is asked for when it is needed."""
+
+    def begin(self, name: str) -> Unfinished:
+        return self.far.begin(name)
+
+    def write(self, name: str, data: bytes) -> None:
+        self._ask(partial(self.far.write, name, data))
+
+    def remove(self, name: str) -> None:
+        self._ask(partial(self.far.remove, name))
