@@ -25,8 +25,16 @@ EXAMPLES = {
         ("proteus embed long.fasta data.long=window", "proteins beyond 1,022 residues; into the cache alone"),
     ),
     "report": (
-        ("proteus report", "results/report.html and results/run.html anew, from the results"),
+        ("proteus report", "results/run.html anew, from the results"),
         ("proteus report -o page.html --open", "another file, and look at it"),
+    ),
+    "monitor": (
+        ("proteus monitor", "what there is now"),
+        (
+            "proteus monitor --textfile /var/lib/node_exporter/proteus.prom",
+            "from a timer, or at the end of a batch job",
+        ),
+        ("proteus monitor --serve", "for Prometheus to scrape, until Ctrl-C"),
     ),
     "doctor": (
         ("proteus doctor", "every check, a line each"),

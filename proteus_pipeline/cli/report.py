@@ -13,11 +13,6 @@ embedding map, contact maps, drift between versions, the versions' history, and 
 all it shows and works offline.
 """
 _EPILOG = """\
-examples:
-  proteus report                      results/run.html, which proteus run writes too
-  proteus report -o paper.html        a file of your own
-  proteus report --open               and show it in a browser
-
 results/report.html, an output of the pipeline, has the result alone: the same inputs give the same bytes.
 """
 
