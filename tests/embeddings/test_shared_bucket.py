@@ -32,7 +32,7 @@ FAST = Patience(connect=1.0, stall=1.0, request=3.0, retries=2, retrying=1.0)
 
 @pytest.fixture
 def url(s3: S3Server, tmp_path: Path, request: pytest.FixtureRequest) -> str:
-    return s3.url(f"{os.environ.get('PYTEST_XDIST_WORKER', '')}/{tmp_path.name}")
+    return s3.url(f"{os.environ.get('PYTEST_XDIST_WORKER', 'one')}/{tmp_path.name}")
 
 
 @pytest.fixture
