@@ -303,15 +303,15 @@ class S3Store:
             if "NotImplemented" not in str(error) and "answers 501" not in str(error):
                 raise
             create_only = "unknown"
-        try:
-            self.ask("remove", name, lambda there: there.delete(name), writing=True)
-        except StorageError:
-            return Honours(create_only, removes=False)
         if create_only == "overwrites":
             _log.warning(
                 "%s overwrites objects without a word: a cache's names are nobody else's, but nothing can be arbitrated there",
                 self.client()[1],
             )
+        try:
+            self.ask("remove", name, lambda there: there.delete(name), writing=True)
+        except StorageError:
+            return Honours(create_only, removes=False)
         return Honours(create_only, removes=True)
 
     def create(self, name: str, data: bytes) -> bool:

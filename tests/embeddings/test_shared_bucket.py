@@ -32,7 +32,7 @@ FAST = Patience(connect=1.0, stall=1.0, request=3.0, retries=2, retrying=1.0)
 
 @pytest.fixture
 def url(s3: S3Server, tmp_path: Path, request: pytest.FixtureRequest) -> str:
-    return s3.url(f"{os.environ.get('PYTEST_XDIST_WORKER', '')}/{tmp_path.name}")
+    return s3.url(f"{os.environ.get('PYTEST_XDIST_WORKER', 'one')}/{tmp_path.name}")
 
 
 @pytest.fixture
@@ -419,7 +419,9 @@ def listen():
     over.set()
 threading.Thread(target=listen, daemon=True).start()
 chance, reads, away = random.Random(0), 0, 0
-while not over.is_set():
+ended = None
+# On a busy machine the writers may be done before this one has read: it then has half a minute to.
+while not over.is_set() or (not reads and time.monotonic() < (ended := ended or time.monotonic() + 30)):
     before = time.monotonic()
     known = [name for when, name in told if before - when > 1.5]  # a listing may be a second old
     for name in chance.sample(known, min(len(known), 4)):

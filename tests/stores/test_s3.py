@@ -27,7 +27,7 @@ FAST = Patience(connect=1.0, stall=1.0, request=2.0, retries=1, retrying=1.0)
 
 @pytest.fixture
 def url(s3: S3Server, tmp_path: Path) -> str:
-    return s3.url(f"s3/{os.environ.get('PYTEST_XDIST_WORKER', '')}/{tmp_path.name}")
+    return s3.url(f"s3/{os.environ.get('PYTEST_XDIST_WORKER', 'one')}/{tmp_path.name}")
 
 
 def send(store: S3Store, name: str, data: bytes) -> None:
