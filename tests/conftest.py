@@ -101,7 +101,6 @@ def repository(tmp_path: Path) -> Path:
     (root / ".dvc").mkdir(parents=True)
     (root / ".dvc" / "config").write_text("[core]\n    analytics = false\n")
     (root / ".gitignore").write_text("/.proteus/\n/.dvc/cache\n/.dvc/tmp\n")
-    (root / ".dvc" / ".gitignore").write_text("/config.local\n/tmp\n/cache\n")  # as dvc init does
     git(root, "init", "--quiet", "--initial-branch=main")
     git(root, "add", ".")
     git(root, "-c", "user.name=A", "-c", "user.email=a@example.org", "commit", "--quiet", "-m", "start")

@@ -30,6 +30,9 @@ def other() -> Checkpoint:
 def manager(request: pytest.FixtureRequest, repository: Path) -> ModelVersionManager:
     """Either manager: what is tested here holds for both."""
     if request.param == "a group's clone":
+        # DVC writes it where dvc init has not.
+        (repository / ".dvc" / ".gitignore").write_text("/config.local\n/tmp\n/cache\n")
+        (repository / ".git" / "info" / "exclude").write_text("/.dvc/.gitignore\n")
         return request.getfixturevalue("group").clone(repository)
     return ModelVersionManager(repository)
 
