@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from proteus_pipeline.config.composition import PARAMS, compose, read_params
 from proteus_pipeline.config.overrides import parse
-from proteus_pipeline.embeddings.cache import Content, EmbeddingCache
+from proteus_pipeline.embeddings.cache import EmbeddingCache
+from proteus_pipeline.embeddings.contents import Content
 from proteus_pipeline.embeddings.explaining import Miss, Plan
 from proteus_pipeline.embeddings.imports import read_npz, read_pt
 from proteus_pipeline.embeddings.index import Attestation, now
