@@ -24,6 +24,14 @@ EXAMPLES = {
         ("proteus embed my.fasta -o my.h5 embedding.pooling=per_residue", "one a residue"),
         ("proteus embed long.fasta data.long=window", "proteins beyond 1,022 residues; into the cache alone"),
     ),
+    "monitor": (
+        ("proteus monitor", "what there is now"),
+        (
+            "proteus monitor --textfile /var/lib/node_exporter/proteus.prom",
+            "from a timer, or at the end of a batch job",
+        ),
+        ("proteus monitor --serve", "for Prometheus to scrape, until Ctrl-C"),
+    ),
     "report": (
         ("proteus report", "results/report.html and results/run.html anew, from the results"),
         ("proteus report -o page.html --open", "another file, and look at it"),

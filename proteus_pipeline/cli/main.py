@@ -134,9 +134,9 @@ def _parsed(words: list[str]) -> argparse.Namespace:
     if rest and taking is not None:
         taking += rest
     if args.print_version:
-        args.run = _version
+        args.run, args.quick = _version, True
     elif not hasattr(args, "run"):
-        args.run = lambda _: _help(top)
+        args.run, args.quick = lambda _: _help(top), True
     return args
 
 

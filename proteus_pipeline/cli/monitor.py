@@ -19,11 +19,6 @@ if TYPE_CHECKING:
 PORT = 9750
 _LAST_PORT = 65535
 _EPILOG = """\
-examples:
-  proteus monitor                                        what there is now
-  proteus monitor --textfile /var/lib/node_exporter/proteus.prom    from a timer, or at the end of a batch job
-  proteus monitor --serve                                for Prometheus to scrape, until Ctrl-C
-
 docs/monitoring.md explains each metric; docs/grafana-dashboard.json and docs/alert-rules.yml are for Grafana and Prometheus.
 """
 
