@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from proteus_pipeline.errors import StorageError
+from proteus_pipeline.stages.project import RUN, RUN_PAGE
 
 VERSION_KEY = "proteus_version"
 MINE = "conf/data/mine.yaml"
@@ -92,7 +93,7 @@ def pipeline(dvc_yaml: str) -> str:
 
 def _ignored(dvc_yaml: str) -> dict[str, str]:
     """Return the .gitignore files that `dvc repro` would write at its first run, and leave the tree changed by."""
-    lines: dict[str, list[str]] = {".gitignore": [".venv/", "/.proteus/", "__pycache__/", "/results/run.json"]}
+    lines: dict[str, list[str]] = {".gitignore": [".venv/", "/.proteus/", "__pycache__/", f"/{RUN}", f"/{RUN_PAGE}"]}
     for stage in yaml.safe_load(dvc_yaml)["stages"].values():
         for out in stage.get("outs", ()):
             if isinstance(out, str):
