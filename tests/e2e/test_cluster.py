@@ -53,7 +53,7 @@ def test_the_pipeline_runs_on_workers_and_gives_what_it_gives_here(clone: Clone)
 @pytest.mark.parametrize(
     ("override", "code", "said"),
     [
-        ("cluster.workers=0", 2, "conf/cluster/default.yaml: cluster.workers is 0"),
+        ("cluster.workers=0", 2, "the command line: cluster.workers is 0; use 1 or more"),
         ("cluster.kind=scheduler", 2, "cluster.scheduler has no value"),
         ("--shard=9/8", 2, "write i/n"),
     ],
