@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from clone import Clone
-from pages import HOSTILE, a_page
+from made_pages import HOSTILE, a_page
 
 from proteus_pipeline.stages import standing
 from proteus_pipeline.stages.figures import Point

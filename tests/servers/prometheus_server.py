@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import Server, free_port
+from daemons import Server, free_port
 
 installed = pytest.mark.skipif(
     shutil.which("prometheus") is None or shutil.which("promtool") is None,

@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pages import HOSTILE, Reader, a_page, words
+from made_pages import HOSTILE, Reader, a_page, words
 from plotly.offline import get_plotlyjs
 
 from proteus_pipeline.stages import figures, wording
