@@ -29,9 +29,11 @@ def clone(tmp_path_factory: pytest.TempPathFactory, weights: Path) -> Clone:
 
 
 def stored(clone: Clone, path: str = ".proteus/cache") -> list[str]:
+    """The key of each entry of each segment: two that merge at once leave two indexes of one entry."""
     cache = EmbeddingCache(clone.root / path)
     cache.refresh()
-    return [key for index in cache.visible.indexes for key in key_strings(index.keys())]
+    keys = {key for index in cache.visible.indexes for key in key_strings(index.keys())}
+    return [key for key, found in cache.candidates(list(keys)).items() for _ in {e.segment for e in found}]
 
 
 def contents(clone: Clone, path: str = ".proteus/cache") -> dict[str, str]:

@@ -54,7 +54,7 @@ class Bench:
         )
 
     def stored(self) -> Counter[str]:
-        """How many entries there are of each key, in all segments; who was killed in a merge leaves two indexes of one."""
+        """How many entries there are of each key, in all segments: two that merge at once leave two indexes of one."""
         cache = EmbeddingCache(self.path)
         cache.refresh()
         keys = {key for index in cache.visible.indexes for key in key_strings(index.keys())}
