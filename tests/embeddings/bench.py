@@ -54,10 +54,11 @@ class Bench:
         )
 
     def stored(self) -> Counter[str]:
-        """How many entries there are of each key, in all segments."""
+        """How many entries there are of each key, in all segments: two that merge at once leave two indexes of one."""
         cache = EmbeddingCache(self.path)
         cache.refresh()
-        return Counter(key for index in cache.visible.indexes for key in key_strings(index.keys()))
+        keys = {key for index in cache.visible.indexes for key in key_strings(index.keys())}
+        return Counter({key: len({e.segment for e in found}) for key, found in cache.candidates(list(keys)).items()})
 
     def contents(self) -> dict[str, str]:
         """Content hashes by key, of entries that were read and checked."""
