@@ -19,6 +19,7 @@ from proteus_pipeline.embeddings.cache import EmbeddingCache
 from proteus_pipeline.embeddings.computing import Embedded, Job, spans_of, tokens_of
 from proteus_pipeline.embeddings.leases import seems_free
 from proteus_pipeline.embeddings.recipe import Recipe
+from proteus_pipeline.embeddings.shared import LOCAL_BYTES
 from proteus_pipeline.errors import ConfigError, IntegrityError, StorageError
 from proteus_pipeline.models.device import attested, device_class, resolve_device
 from proteus_pipeline.models.encoder import ENGINE_REVISION
@@ -61,6 +62,27 @@ class Weights:
 
 
 @dataclass(frozen=True)
+class Places:
+    """Where a run's embeddings lie, by names that every node knows them by.
+
+    Attributes
+    ----------
+    cache
+        The cache's folder.
+    shared
+        The cache beneath it, a folder or ``s3://BUCKET/PREFIX``; a worker reaches a bucket by its own node's credentials.
+    local_bytes, write_back
+        As for `proteus_pipeline.embeddings.cache.EmbeddingCache`.
+
+    """
+
+    cache: str
+    shared: str | None = None
+    local_bytes: int = LOCAL_BYTES
+    write_back: bool = False
+
+
+@dataclass(frozen=True)
 class Task:
     """What the shards of a run have in common.
 
@@ -68,8 +90,8 @@ class Task:
     ----------
     weights, recipe
         What to compute.
-    cache, shared
-        The cache's folder, which every node sees by this name, and the one beneath it.
+    places
+        Where the embeddings lie.
     lease
         The name of the run's lease in it: a worker that does not see that file has another folder there.
     only_class
@@ -79,8 +101,7 @@ class Task:
 
     weights: Weights
     recipe: Recipe
-    cache: str
-    shared: str | None
+    places: Places
     lease: str
     only_class: str
 
@@ -109,10 +130,12 @@ def compute_shard(task: Task, sequences: dict[str, str]) -> Counts:
     """
     device = _checked(task)
     cache = EmbeddingCache(
-        task.cache,
+        task.places.cache,
         accept="same_class" if task.only_class else "any",
         device_class=lambda: device_class(device),
-        shared=task.shared,
+        shared=task.places.shared,
+        local_bytes=task.places.local_bytes,
+        write_back=task.places.write_back,
     )
     with cache.hold() as lease:
         found = {entry.key for entry, _ in cache.find(sequences)}
@@ -141,15 +164,15 @@ def _checked(task: Task) -> str:
             f"the worker on {host} computes by engine revision {ENGINE_REVISION}, and the run asks for {task.recipe.engine}",
             "install the same proteus_pipeline there",
         )
-    lease = Path(task.cache, task.lease)
+    lease = Path(task.places.cache, task.lease)
     _wait_for(
         lease,
-        f"the worker on {host} does not see this run's cache, {task.cache}",
+        f"the worker on {host} does not see this run's cache, {task.places.cache}",
         "set cache.path to a folder that all nodes share, by the same name",
     )
     if seems_free(lease):
         raise StorageError(
-            f"locks in {task.cache} do not reach from the run's node to {host}: each would take the other's runs for dead",
+            f"locks in {task.places.cache} do not reach from the run's node to {host}: each would take the other's runs for dead",
             "mount it with flock (Lustre, not localflock) or without local_lock (NFS)",
         )
     _wait_for(

@@ -12,7 +12,7 @@ from proteus_pipeline.embeddings.dask_engine import DaskEngine
 from proteus_pipeline.embeddings.embedder import Outcome, embed_by
 from proteus_pipeline.embeddings.index import key_strings
 from proteus_pipeline.embeddings.recipe import Recipe
-from proteus_pipeline.embeddings.shard_task import Weights
+from proteus_pipeline.embeddings.shard_task import Places, Weights
 
 RECIPE = Recipe(6)
 
@@ -43,7 +43,9 @@ class Bench:
 
     def run(self, options: ClusterOptions, told: Told | None = None, sequences: Sequence[str] = ()) -> Outcome:
         names = {s: name for name, s in self.proteins.items()}
-        engine = DaskEngine(options, lambda: self.weights, (self.path, None), str, self.path.parent / "logs", names)
+        engine = DaskEngine(
+            options, lambda: self.weights, Places(str(self.path)), str, self.path.parent / "logs", names
+        )
         return embed_by(
             engine,
             sequences or list(self.proteins.values()),

@@ -27,7 +27,7 @@ from proteus_pipeline.embeddings.cache import EmbeddingCache
 from proteus_pipeline.embeddings.cluster import ClusterOptions
 from proteus_pipeline.embeddings.embedder import embed
 from proteus_pipeline.embeddings.engine import Work
-from proteus_pipeline.embeddings.shard_task import Task, compute_shard
+from proteus_pipeline.embeddings.shard_task import Places, Task, compute_shard
 from proteus_pipeline.errors import ClusterError, ConfigError, IntegrityError, StorageError
 from proteus_pipeline.models.checkpoint import Checkpoint
 from proteus_pipeline.models.device import attested
@@ -238,7 +238,7 @@ def test_who_has_no_certificate_gets_no_answer(bench: Bench, tmp_path: Path, mon
 def task(bench: Bench) -> Iterator[Task]:
     with EmbeddingCache(bench.path).hold() as lease:
         assert lease.name
-        yield Task(bench.weights, RECIPE, str(bench.path), None, lease.name, "")
+        yield Task(bench.weights, RECIPE, Places(str(bench.path)), lease.name, "")
 
 
 def shard(bench: Bench, number: int = 2) -> dict[str, str]:
