@@ -283,7 +283,7 @@ def test_a_worker_with_another_folder_in_the_caches_place_computes_nothing(
     monkeypatch.setattr(shard_task, "_VISIBLE_S", 0.0)
     (tmp_path / "elsewhere").mkdir()
     with pytest.raises(StorageError, match=r"does not see this run's cache, .*elsewhere; set cache.path to a folder"):
-        compute_shard(replace(task, cache=str(tmp_path / "elsewhere")), shard(bench))
+        compute_shard(replace(task, places=Places(str(tmp_path / "elsewhere"))), shard(bench))
     gone = replace(task, weights=replace(task.weights, home=str(tmp_path / "nowhere")))
     with pytest.raises(StorageError, match=r"does not see .*nowhere; keep the project in a folder"):
         compute_shard(gone, shard(bench))
@@ -297,7 +297,7 @@ def test_a_worker_that_could_lock_the_runs_lease_computes_nothing(bench: Bench, 
         data = (other.path / lease.name).read_bytes()
     (other.path / lease.name).write_bytes(data)
     with pytest.raises(StorageError, match=r"do not reach from the run's node to .*; mount it with flock"):
-        compute_shard(replace(task, cache=str(other.path), lease=lease.name), shard(bench))
+        compute_shard(replace(task, places=Places(str(other.path)), lease=lease.name), shard(bench))
     assert (other.path / lease.name).read_bytes() == data
 
 
