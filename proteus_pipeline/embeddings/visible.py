@@ -6,7 +6,7 @@ import logging
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
@@ -23,8 +23,8 @@ from proteus_pipeline.embeddings.index import (
     Index,
     SegmentHeader,
     key_array,
-    merge_indexes,
 )
+from proteus_pipeline.embeddings.merging import MERGE_AT, merge_indexes, to_merge
 from proteus_pipeline.errors import StorageError
 from proteus_pipeline.stores.files import storage_error
 
@@ -34,10 +34,6 @@ if TYPE_CHECKING:
     from proteus_pipeline.stores.store import Store
 
 _KINDS = {INDEXES: ".idx", RUNS: ".run"}
-# So many index files are merged into a run, with the runs that are not much larger: look-ups stay a few searches.
-MERGE_AT = 4
-# A run of 1 GB, which is written in some seconds.
-_MOST_MERGED = 1 << 24
 _ATTEMPTS = 20
 _log = logging.getLogger(__name__)
 
@@ -472,16 +468,6 @@ class Visible:
         for index in chosen:
             self._store.remove(index.name)
         self.refresh()
-
-
-def to_merge(new: Mapping[str, int], runs: Mapping[str, int], *, everything: bool = False) -> list[str]:
-    """Return which indexes and runs, of so many entries each, are to become one run: all new ones, and small runs."""
-    chosen, total = list(new), sum(new.values())
-    for name, size in sorted(runs.items(), key=lambda run: run[1]):
-        if total + size <= _MOST_MERGED and (everything or size <= 2 * total):
-            chosen.append(name)
-            total += size
-    return chosen if len(chosen) > 1 or everything else []
 
 
 def _segment_numbers(loaded: _Loaded, rows: NDArray[np.int64]) -> NDArray[np.uint32]:
