@@ -28,7 +28,7 @@ from proteus_pipeline.stores.counts import count
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from proteus_pipeline.embeddings.visible import Entry
+    from proteus_pipeline.embeddings.found import Entry
     from proteus_pipeline.models.encoder import Encoder
 
     _Window = tuple[NDArray[np.float32], NDArray[np.float32] | None]

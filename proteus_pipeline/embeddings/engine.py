@@ -13,7 +13,7 @@ from proteus_pipeline.embeddings.leases import Lease
 from proteus_pipeline.embeddings.recipe import Recipe
 
 if TYPE_CHECKING:
-    from proteus_pipeline.embeddings.visible import Entry
+    from proteus_pipeline.embeddings.found import Entry
     from proteus_pipeline.models.encoder import Encoder
 
 ENGINES = ("local", "dask")

@@ -18,8 +18,8 @@ from proteus_pipeline.identity import digests
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from proteus_pipeline.embeddings.found import Entry
     from proteus_pipeline.embeddings.index import Index, SegmentHeader
-    from proteus_pipeline.embeddings.visible import Entry
     from proteus_pipeline.stores.store import Store
 
 T = TypeVar("T")
