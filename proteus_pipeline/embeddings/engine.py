@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from proteus_pipeline.embeddings.cache import EmbeddingCache
-from proteus_pipeline.embeddings.computing import Embedded, Job, Progress
+from proteus_pipeline.embeddings.computing import Embedded, Progress
 from proteus_pipeline.embeddings.hot import HotRun
+from proteus_pipeline.embeddings.job import Job
 from proteus_pipeline.embeddings.leases import Lease
 from proteus_pipeline.embeddings.recipe import Recipe
 
