@@ -27,7 +27,7 @@ from proteus_pipeline.sequences.fasta import shown
 if TYPE_CHECKING:
     from distributed import Future
 
-    from proteus_pipeline.embeddings.visible import Entry
+    from proteus_pipeline.embeddings.found import Entry
 
 ATTEMPTS = 3
 # How often to look whether there are workers, seconds, and to ask for those that were lost.

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from proteus_pipeline.embeddings.cache import EmbeddingCache
-from proteus_pipeline.embeddings.computing import Embedded, Job, spans_of, tokens_of
+from proteus_pipeline.embeddings.computing import Embedded, spans_of, tokens_of
+from proteus_pipeline.embeddings.job import Job
 from proteus_pipeline.embeddings.leases import seems_free
 from proteus_pipeline.embeddings.recipe import Recipe
 from proteus_pipeline.embeddings.shared import LOCAL_BYTES

@@ -21,7 +21,8 @@ from proteus_pipeline.errors import CacheInvalidationError, ConfigError, Storage
 from proteus_pipeline.models.folder import write_folder
 from proteus_pipeline.serving import fellows
 from proteus_pipeline.serving.fellows import STALE_S, Fellows
-from proteus_pipeline.stores.redis import TRIP_S, RedisClient
+from proteus_pipeline.stores.redis import RedisClient
+from proteus_pipeline.stores.redis_connection import TRIP_S
 
 # A look-up that asks Redis, and finds it hung: two round trips at the longest, and what a busy machine adds.
 BOUND_S = 2 * TRIP_S + 3.0
