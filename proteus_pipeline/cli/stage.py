@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import importlib
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
+
+from proteus_pipeline.cli.verbs import shown
 
 if TYPE_CHECKING:
     from proteus_pipeline.embeddings.embedder import Outcome
@@ -50,5 +53,11 @@ def told(outcome: Outcome) -> str:
     )
     if outcome.workers:
         text += f" on {outcome.workers} worker{'s' if outcome.workers > 1 else ''}"
-    twins = outcome.sequences - outcome.unique
-    return f"{text} ({twins} of them equal to another)" if twins else text
+    if twins := outcome.sequences - outcome.unique:
+        text += f" ({twins} of them equal to another)"
+    return f"{text}; from other device classes: {by_class(outcome.other_classes)}" if outcome.other_classes else text
+
+
+def by_class(counts: Mapping[str, int]) -> str:
+    """Return counts of entries by their device class as words; a class is whatever the entry's maker called it."""
+    return ", ".join(f"{number} of {shown(name)}" for name, number in counts.items())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -38,6 +39,8 @@ class Outcome:
         Counts; the last three add up to `unique`.
     from_redis
         How many of the hits came from Redis.
+    other_classes
+        By device class, how many hits and derived hits are of another one than this machine's.
     tokens
         Tokens computed.
     seconds
@@ -67,6 +70,7 @@ class Outcome:
     from_redis: int = 0
     saved_gpu_seconds: float = 0.0
     explained: tuple[Miss, ...] = ()
+    other_classes: dict[str, int] = field(default_factory=dict)
 
 
 def embed(
@@ -191,7 +195,14 @@ def embed_by(
         misses=counts(why),
         saved_gpu_seconds=sum(e.seconds for e in read if on_gpu(e.device_class)),
         explained=tuple(why),
+        other_classes=_of_others(cache, read),
     )
+
+
+def _of_others(cache: EmbeddingCache, read: Sequence[Entry]) -> dict[str, int]:
+    """Count entries by their device class, where that is not this machine's: which it is takes a second to ask torch."""
+    mine = cache.device_class() if read else ""
+    return dict(sorted(Counter(e.device_class for e in read if e.device_class != mine).items()))
 
 
 def _derive(

@@ -160,7 +160,8 @@ def summary(outcome: Outcome) -> dict[str, Any]:
     fields = ("sequences", "unique", "hits", "derived", "computed", "tokens", "from_redis")
     seconds = ("seconds", "saved_seconds", "saved_gpu_seconds")
     counts = {field: getattr(outcome, field) for field in fields}
-    counts |= {field: round(getattr(outcome, field), 3) for field in seconds} | {"misses": outcome.misses}
+    counts |= {field: round(getattr(outcome, field), 3) for field in seconds}
+    counts |= {"misses": outcome.misses, "other_classes": outcome.other_classes}
     return counts | ({"workers": outcome.workers} if outcome.workers else {})
 
 
