@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING
 from proteus_pipeline.embeddings.cluster import ClusterOptions, Running, running
 from proteus_pipeline.embeddings.computing import Embedded
 from proteus_pipeline.embeddings.engine import Done, Work
-from proteus_pipeline.embeddings.shard_task import Counts, Task, Weights, compute_shard
+from proteus_pipeline.embeddings.shard_task import CacheAt, Counts, Task, Weights, compute_shard
 from proteus_pipeline.embeddings.shards import shards
 from proteus_pipeline.errors import ClusterError, ProteusError, StorageError
 from proteus_pipeline.sequences.fasta import shown
+from proteus_pipeline.stores.counts import add
 
 if TYPE_CHECKING:
     from distributed import Future
@@ -57,7 +58,7 @@ class DaskEngine:
     weights
         Makes sure that the weights are there, and says which; called only when something must be computed.
     cache
-        The cache's folder and the shared one's beneath it, by names that every node knows them by.
+        As every node opens it.
     only_class
         Returns the device class of the entries that the run accepts; empty for any.
     folder
@@ -69,7 +70,7 @@ class DaskEngine:
 
     options: ClusterOptions
     weights: Callable[[], Weights]
-    cache: tuple[Path, Path | None]
+    cache: CacheAt
     only_class: Callable[[], str]
     folder: Path
     names: Mapping[str, str] = field(default_factory=dict)
@@ -87,20 +88,13 @@ class DaskEngine:
         """
         if work.lease.name is None:
             raise StorageError(
-                f"{self.cache[0]} can't be written to, so that workers could not know it by this run's lease",
+                f"{self.cache.path} can't be written to, so that workers could not know it by this run's lease",
                 "use a cache.path that can be written to",
             )
         weights = self.weights()
         memory = self.options.memory_each(weights.max_memory_gb)
         weights = replace(weights, threads=self.options.threads_each, max_memory_gb=memory)
-        task = Task(
-            weights,
-            work.recipe,
-            str(self.cache[0]),
-            str(self.cache[1]) if self.cache[1] else None,
-            work.lease.name,
-            self.only_class(),
-        )
+        task = Task(weights, work.recipe, self.cache, work.lease.name, self.only_class())
         divided = shards(work.missing, work.recipe, self.options.shard_tokens)
         work.start()
         with running(self.options, self.folder) as cluster:
@@ -198,6 +192,9 @@ class _Run:
             counts: Counts = future.result()
             self.computed += counts.computed
             self.workers.add(counts.worker)
+            add(counts.metrics)
+            if self._work.hot:
+                self._work.hot.counts["put"] += counts.offered
             if self._work.progress:
                 self._work.progress.advance(len(shard.sequences), counts.tokens, 0.0)
             return
