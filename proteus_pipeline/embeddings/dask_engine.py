@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING
 from proteus_pipeline.embeddings.cluster import ClusterOptions, Running, running
 from proteus_pipeline.embeddings.computing import Embedded
 from proteus_pipeline.embeddings.engine import Done, Work
-from proteus_pipeline.embeddings.shard_task import Counts, Places, Task, Weights, compute_shard
+from proteus_pipeline.embeddings.shard_task import CacheAt, Counts, Task, Weights, compute_shard
 from proteus_pipeline.embeddings.shards import shards
 from proteus_pipeline.errors import ClusterError, ProteusError, StorageError
 from proteus_pipeline.sequences.fasta import shown
+from proteus_pipeline.stores.counts import add
 
 if TYPE_CHECKING:
     from distributed import Future
@@ -56,8 +57,8 @@ class DaskEngine:
         Which cluster.
     weights
         Makes sure that the weights are there, and says which; called only when something must be computed.
-    places
-        Where the embeddings lie.
+    cache
+        As every node opens it.
     only_class
         Returns the device class of the entries that the run accepts; empty for any.
     folder
@@ -69,7 +70,7 @@ class DaskEngine:
 
     options: ClusterOptions
     weights: Callable[[], Weights]
-    places: Places
+    cache: CacheAt
     only_class: Callable[[], str]
     folder: Path
     names: Mapping[str, str] = field(default_factory=dict)
@@ -87,19 +88,13 @@ class DaskEngine:
         """
         if work.lease.name is None:
             raise StorageError(
-                f"{self.places.cache} can't be written to, so that workers could not know it by this run's lease",
+                f"{self.cache.path} can't be written to, so that workers could not know it by this run's lease",
                 "use a cache.path that can be written to",
             )
         weights = self.weights()
         memory = self.options.memory_each(weights.max_memory_gb)
         weights = replace(weights, threads=self.options.threads_each, max_memory_gb=memory)
-        task = Task(
-            weights,
-            work.recipe,
-            self.places,
-            work.lease.name,
-            self.only_class(),
-        )
+        task = Task(weights, work.recipe, self.cache, work.lease.name, self.only_class())
         divided = shards(work.missing, work.recipe, self.options.shard_tokens)
         work.start()
         with running(self.options, self.folder) as cluster:
@@ -197,6 +192,9 @@ class _Run:
             counts: Counts = future.result()
             self.computed += counts.computed
             self.workers.add(counts.worker)
+            add(counts.metrics)
+            if self._work.hot:
+                self._work.hot.counts["put"] += counts.offered
             if self._work.progress:
                 self._work.progress.advance(len(shard.sequences), counts.tokens, 0.0)
             return

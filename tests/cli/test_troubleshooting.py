@@ -39,7 +39,8 @@ def sentences() -> set[str]:
 
 SENTENCES = sentences()
 COMMANDS = sorted(
-    {line.partition("#")[0].strip() for line in blocks("console")} | set(re.findall(r"`(proteus [^`]+|dvc [^`]+)`", PAGE))
+    {line.partition("#")[0].strip() for line in blocks("console")}
+    | set(re.findall(r"`(proteus [^`]+|dvc [^`]+)`", PAGE))
 )
 
 

@@ -144,7 +144,7 @@ def test_repair_pulls_from_another_cache_where_one_is_named(clone: Clone):
     assert cache("plan")["hits"] == 10
     assert cache("pull", "../copy", "--model", MODEL)["there"] == 1
     assert "is one word too many" in said("cache", "pull", "one", "two", code=2)[1]
-    assert "no other cache is named" in said("cache", "pull", code=1)[1]
+    assert "no other cache is named; name a folder" in said("cache", "pull", code=1)[1]
 
 
 @pytest.mark.parametrize("nosuch", ["../nosuch", "conf"])

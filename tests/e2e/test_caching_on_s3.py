@@ -95,6 +95,13 @@ def test_a_shared_cache_in_a_bucket_beneath_ones_own(url: str, clone: Clone, s3:
     assert "10 of 10 equal bit for bit" in said("cache", "audit", shared, "embedding.layer=3")[0]
 
 
+def test_a_clusters_workers_write_back_to_the_bucket(url: str):
+    shared = f"cache.shared={url}"
+    cluster = ("engine=dask", "cluster.workers=1", shared, "cache.write_back=true", "embedding.layer=1")
+    assert "10 computed" in (told := said("embed", "data/demo100.fasta", *cluster)[0]) and "on 1 worker" in told
+    assert cache("stats", shared)["shared"]["entries"] == 10
+
+
 def test_repair_takes_what_is_damaged_from_a_bucket(url: str, clone: Clone):
     said("cache", "push", url)
     (segment,) = (clone.root / ".proteus/cache/seg").iterdir()
