@@ -41,8 +41,9 @@ bench: setup ## all benchmarks, ours beside peers', into benchmarks/RESULTS.md; 
 torture: setup ## the fault runs at full count: kill -9, flipped bits
 	PROTEUS_TORTURE=1 $(BIN)/python -m pytest -n $${PYTEST_WORKERS:-2} --dist loadgroup -m torture
 
-docs: setup ## the site, in build/site; a warning fails it. Its commands and code are run by make test
+docs: setup ## the site, in build/site; a warning fails it, and its commands and code are run
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	$(BIN)/python -m pytest -n $${PYTEST_WORKERS:-2} --dist load -m documents tests/e2e/test_readme.py
 
 clean: ## remove what can be made again, but not the caches of weights and embeddings
 	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

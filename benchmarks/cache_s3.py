@@ -1,9 +1,9 @@
-"""How fast is the embedding cache on S3, 20 ms away, beside .pt objects and zarr-python? The same data, all sides in turn.
+"""How fast is the embedding cache on S3, 20 ms away, beside .pt objects and zarr-python?
 
-Hidden states of real proteins per residue, fp16, width 1280, on a real S3 server (SeaweedFS) behind a proxy that delays what passes.
-Read: 400 entries in random order, ours with every check, .pt objects by 16 threads of obstore and of boto3 (the better one counts),
-zarr-python through obstore, an array a sequence in one chunk, 16 at a time. Written: our push beside boto3's upload of the
-same bytes in as many objects.
+The same data, all sides in turn. Hidden states of real proteins per residue, fp16, width 1280, on a real S3 server (SeaweedFS)
+behind a proxy that delays what passes. Read: 400 entries in random order, ours with every check, .pt objects by 16 threads of
+obstore and of boto3 (the better one counts), zarr-python through obstore, an array a sequence in one chunk, 16 at a time.
+Written: our push beside boto3's upload of the same bytes in as many objects.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ import numpy as np
 import obstore.store
 import torch
 import zarr
-from _proteins import arguments, choose
+from _figures import in_turn, parsed, said
+from _proteins import arguments, choose, enlarged
 from _s3 import BUCKET, KEY, SECRET, client, delayed, server
-from cache_store import LAYER, compare, hidden_states, said, write_ours
+from cache_store import LAYER, hidden_states, write_ours
 
 from proteus_pipeline.embeddings.cache import EmbeddingCache
 from proteus_pipeline.embeddings.recipe import Recipe
@@ -84,7 +85,7 @@ def read(arrays: dict[str, np.ndarray], folder: Path, direct: str, far: str, rou
     ours = {entry.key: array for entry, array in beneath.find(keys)}
     assert all(np.array_equal(ours[key].view("<f2"), arrays[key]) for key in keys)
     assert np.array_equal(asyncio.run(zarr_all())[3], arrays[keys[3]])
-    seconds = compare(
+    taken = in_turn(
         {
             "ours": lambda: sum(1 for _ in EmbeddingCache(folder / "reader", shared="s3://proteus/ours").find(keys)),
             ".pt, obstore": lambda: list(pool.map(lambda key: from_pt(bytes(away.get(f"pt/{key}.pt").bytes())), keys)),
@@ -93,10 +94,10 @@ def read(arrays: dict[str, np.ndarray], folder: Path, direct: str, far: str, rou
         },
         rounds,
     )
-    print("  " + ", ".join(f"{n} {s:.2f} s, {len(keys) / s:.0f}/s" for n, s in seconds.items()))
-    best = min(seconds[".pt, obstore"], seconds[".pt, boto3"])
-    said("random order, our speed over .pt objects'", best / seconds["ours"], 1.8, least=True)
-    said("random order, our speed over zarr-python's", seconds["zarr"] / seconds["ours"], 2.5, least=True)
+    print(f"  {len(keys)} entries in random order: {taken}")
+    best = min((".pt, obstore", ".pt, boto3"), key=taken.median)
+    said(f"random order, our speed over .pt objects' ({best})", taken.ratio(best, "ours"), 1.8)
+    said("random order, our speed over zarr-python's", taken.ratio("zarr", "ours"), 2.5)
 
 
 def write(folder: Path, far: str, rounds: int) -> None:
@@ -110,21 +111,18 @@ def write(folder: Path, far: str, rounds: int) -> None:
         for path in files:
             boto.upload_file(str(path), BUCKET, f"raw{turn}/{path.name}")
 
-    seconds = compare({"boto3": raw, "ours": lambda: cache.push(f"s3://proteus/pushed{next(turns)}")}, rounds)
-    nbytes = sum(p.stat().st_size for p in files)
-    print("  pushed: " + ", ".join(f"{n} {nbytes / s / 1e6:.0f} MB/s" for n, s in seconds.items()))
-    said("upload, our time over boto3's", seconds["ours"] / seconds["boto3"], 1.3, least=False)
+    taken = in_turn({"boto3": raw, "ours": lambda: cache.push(f"s3://proteus/pushed{next(turns)}")}, rounds)
+    print(f"  {sum(p.stat().st_size for p in files) / 1e6:.0f} MB uploaded: {taken}")
+    said("upload, our time over boto3's", taken.ratio("ours", "boto3"), 1.3, least=False)
 
 
 def main() -> None:
     parser = arguments(__doc__)
     parser.set_defaults(count=400)
-    args = parser.parse_args()
+    args = parsed(parser, count=100, rounds=3)
     torch.set_num_threads(args.threads)
     recipe = Recipe(layer=LAYER, pooling="per_residue", stored="fp16")
-    proteins = choose(args.fasta, args.count)
-    # As many entries as were asked for, where the file has fewer proteins: pieces of them.
-    proteins += [(f"{i}/{n}", s[n % 7 :]) for n, (i, s) in enumerate(proteins * 4)][: args.count - len(proteins)]
+    proteins = enlarged(choose(args.fasta, args.count), args.count)
     computed = hidden_states(proteins)
     arrays = {key: array for key, (array, _) in computed.items()}
     raw = sum(a.nbytes for a in arrays.values())

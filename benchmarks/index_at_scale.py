@@ -23,7 +23,7 @@ from _figures import parser as of
 from cache_lookup import CHILD, HERE, build
 
 from proteus_pipeline.embeddings.index import INDEXES, RECORD, RUNS, SegmentHeader, key_strings
-from proteus_pipeline.embeddings.visible import MERGE_AT, to_merge
+from proteus_pipeline.embeddings.merging import MERGE_AT, to_merge
 
 ENTRY_BYTES = 8 + RECORD.itemsize
 _HEADER = SegmentHeader("0" * 20 + "-" + "0" * 12 + ".zip", 1 << 27, "pooled", "fp32", 1280, "0" * 32, {}, HERE, 200)

@@ -368,7 +368,8 @@ def _copy(args: argparse.Namespace, *, push: bool) -> int:
 
 def _import(args: argparse.Namespace) -> int:
     from proteus_pipeline.cli.verbs import shown
-    from proteus_pipeline.stages.caching import asked, load
+    from proteus_pipeline.stages.caching import asked
+    from proteus_pipeline.stages.importing import load
 
     source, overrides = _words(args)
     project = _project()

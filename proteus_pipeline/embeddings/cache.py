@@ -28,6 +28,7 @@ import numpy as np
 from proteus_pipeline.embeddings.contents import Content, contents, stats
 from proteus_pipeline.embeddings.events import make_event, write_event
 from proteus_pipeline.embeddings.exchange import Copied, copy
+from proteus_pipeline.embeddings.found import Entry
 from proteus_pipeline.embeddings.hot import HotTier
 from proteus_pipeline.embeddings.index import Attestation
 from proteus_pipeline.embeddings.leases import Lease, lease
@@ -43,7 +44,7 @@ from proteus_pipeline.embeddings.shared import (
 )
 from proteus_pipeline.embeddings.stored import to_fp32
 from proteus_pipeline.embeddings.usage import record_use
-from proteus_pipeline.embeddings.visible import Entry, Visible
+from proteus_pipeline.embeddings.visible import Visible
 from proteus_pipeline.errors import CacheInvalidationError, ConfigError, StorageError
 from proteus_pipeline.eviction import policies as eviction
 from proteus_pipeline.stores.counts import count

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from proteus_pipeline.embeddings.cache import EmbeddingCache
+    from proteus_pipeline.embeddings.found import Entry
     from proteus_pipeline.embeddings.recipe import Recipe
-    from proteus_pipeline.embeddings.visible import Entry
 
 
 class Derived(NamedTuple):

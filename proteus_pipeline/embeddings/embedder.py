@@ -23,7 +23,7 @@ from proteus_pipeline.models.encoder import TOKENS_PER_BATCH
 from proteus_pipeline.stores.counts import count
 
 if TYPE_CHECKING:
-    from proteus_pipeline.embeddings.visible import Entry
+    from proteus_pipeline.embeddings.found import Entry
     from proteus_pipeline.models.encoder import Encoder
 
 

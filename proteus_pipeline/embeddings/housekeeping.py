@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from proteus_pipeline.embeddings.events import CacheEvent, event_files, make_event, read_event, write_event
+from proteus_pipeline.embeddings.found import Entry, entry_of
 from proteus_pipeline.embeddings.index import Attestation, Index, SegmentHeader, key_strings
 from proteus_pipeline.embeddings.leases import Held, held
 from proteus_pipeline.embeddings.publication import SEGMENTS
 from proteus_pipeline.embeddings.recipe import Recipe
 from proteus_pipeline.embeddings.usage import uses
-from proteus_pipeline.embeddings.visible import Entry, entry_of
 from proteus_pipeline.errors import IntegrityError
 from proteus_pipeline.eviction.budget import to_evict
 from proteus_pipeline.eviction.policies import Policy, make_policy

@@ -22,13 +22,12 @@ import mmap
 import re
 import struct
 from bisect import bisect_left
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from math import isqrt
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -47,6 +46,7 @@ LAYOUTS = ("pooled", "per_residue")
 _NAME = re.compile(r"\d{1,20}-[0-9a-z]{1,32}\.zip", re.ASCII)
 _MAGIC = b"PROTEIX" + bytes([FORMAT])
 _HEAD = struct.Struct("<8sII16s")
+HEAD_BYTES = _HEAD.size
 _LOW = struct.Struct("<Q")
 _RECORD = struct.Struct("<8xQQ16sIII4x")
 RECORD = np.dtype(
@@ -62,8 +62,6 @@ CHECKED_BYTES = 64 << 20
 # Of a larger file, pages that were touched are given back after about as many bytes, so that memory stays flat.
 _FORGET_BYTES = 64 << 20
 _LEAST_STEP = 256
-# Merged at a time: some 64 MB of memory, whatever the size of what is merged.
-_MERGED_ENTRIES = 1 << 18
 
 
 def now() -> str:
@@ -153,10 +151,31 @@ def encode_index(segments: Sequence[SegmentHeader], keys: NDArray[np.void], reco
     ordered = records[order]
     ordered["low"] = keys["low"][order]
     body = keys["high"][order].astype("<u8").tobytes() + ordered.tobytes()
-    header = _Header(len(keys), digests.of_bytes(body), [asdict(s) for s in segments])
+    text = header_text(len(keys), digests.of_bytes(body), segments)
+    return encode_head(text) + text + body
+
+
+def header_text(entries: int, body: str, segments: Sequence[SegmentHeader]) -> bytes:
+    """Return an index file's header.
+
+    Parameters
+    ----------
+    entries
+        Their number.
+    body
+        The checksum of what follows the header.
+    segments
+        By the number that records have.
+
+    """
+    header = _Header(entries, body, [asdict(s) for s in segments])
     text = json.dumps(asdict(header), sort_keys=True).encode()
-    text += b" " * (-len(text) % 8)
-    return _HEAD.pack(_MAGIC, len(text), 0, bytes.fromhex(digests.of_bytes(text))) + text + body
+    return text + b" " * (-len(text) % 8)
+
+
+def encode_head(text: bytes) -> bytes:
+    """Return the `HEAD_BYTES` that stand before a header."""
+    return _HEAD.pack(_MAGIC, len(text), 0, bytes.fromhex(digests.of_bytes(text)))
 
 
 @dataclass(frozen=True)
@@ -320,84 +339,6 @@ class Index:
         if self._large and isinstance(self._mapped, mmap.mmap):
             with suppress(AttributeError, OSError):  # not on every system
                 self._mapped.madvise(mmap.MADV_DONTNEED)
-
-
-def merge_indexes(path: Path, indexes: Sequence[Index], leave_out: Collection[str]) -> bool:
-    """Write the entries of some indexes to one file, in little memory; False, and no file, where there are none.
-
-    Parameters
-    ----------
-    path
-        A file that does not exist.
-    indexes
-        A segment that several have is taken from the first.
-    leave_out
-        Segments.
-
-    """
-    headers: dict[str, SegmentHeader] = {}
-    numbers = []
-    for index in indexes:
-        # One more than the segments, for numbers beyond them: damage, in a run that was not checked when it was opened.
-        mapped = np.full(len(index.segments) + 1, -1, dtype=np.int64)
-        for n, header in enumerate(index.segments):
-            if header.segment not in leave_out and header.segment not in headers:
-                mapped[n] = len(headers)
-                headers[header.segment] = header
-        numbers.append(mapped)
-    if not headers:
-        return False
-    segments = [asdict(s) for s in headers.values()]
-
-    def text_of(entries: int, body: str) -> bytes:
-        return json.dumps(asdict(_Header(entries, body, segments)), sort_keys=True).encode()
-
-    length = len(text_of(sum(len(index.high) for index in indexes), "0" * 32))
-    length += -length % 8
-    with path.open("xb") as file:
-        file.seek(_HEAD.size + length)
-        body, entries = digests.Hasher(), 0
-        # Twice over the indexes, since all high halves come before all records.
-        for high, _ in _in_order(indexes, numbers):
-            entries += len(high)
-            _write_hashed(file, body, high)
-        for _, records in _in_order(indexes, numbers):
-            _write_hashed(file, body, records)
-        text = text_of(entries, body.hexdigest()).ljust(length)
-        file.seek(0)
-        file.write(_HEAD.pack(_MAGIC, length, 0, bytes.fromhex(digests.of_bytes(text))) + text)
-    return True
-
-
-def _write_hashed(file: BinaryIO, body: digests.Hasher, part: NDArray[Any]) -> None:
-    data = part.tobytes()
-    body.update(data)
-    file.write(data)
-
-
-def _in_order(
-    indexes: Sequence[Index], numbers: Sequence[NDArray[np.int64]]
-) -> Iterator[tuple[NDArray[np.uint64], NDArray[np.void]]]:
-    """Yield high halves and records of several indexes in the order of their keys, some at a time, renumbered."""
-    total = sum(len(index.high) for index in indexes)
-    # Keys are digests, so evenly spread: equal ranges of them hold about equally many.
-    count = total // _MERGED_ENTRIES + 1
-    bounds = np.array([(n << 64) // count for n in range(1, count)], dtype=np.uint64)
-    ends = [[0, *np.searchsorted(index.high, bounds).tolist(), len(index.high)] for index in indexes]
-    for n in range(count):
-        keys, parts = [], []
-        for index, mapped, end in zip(indexes, numbers, ends, strict=True):
-            part = index.records[end[n] : end[n + 1]]
-            number = mapped[np.minimum(part["segment"], len(mapped) - 1)]
-            kept = np.flatnonzero(number >= 0)
-            part = part[kept]
-            part["segment"] = number[kept]
-            keys.append(index.high[end[n] : end[n + 1]][kept])
-            parts.append(part)
-            index.forget()
-        high, records = np.concatenate(keys), np.concatenate(parts)
-        order = np.lexsort((records["low"], high))
-        yield high[order], records[order]
 
 
 def segment_header(value: dict[str, Any]) -> SegmentHeader:

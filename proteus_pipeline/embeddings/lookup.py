@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from proteus_pipeline.embeddings.found import Entry, Found
 from proteus_pipeline.embeddings.index import SegmentHeader
 from proteus_pipeline.embeddings.reading import Reader, ahead
 from proteus_pipeline.embeddings.shared import LOCAL_BYTES, DistantVisible, open_shared, reading_ahead
 from proteus_pipeline.embeddings.stored import NUMPY_DTYPES, to_fp32
-from proteus_pipeline.embeddings.visible import Entry, Found, Visible
+from proteus_pipeline.embeddings.visible import Visible
 from proteus_pipeline.errors import ConfigError, IntegrityError, StorageError
 from proteus_pipeline.stores.counts import count
 from proteus_pipeline.stores.read_through import ReadThrough

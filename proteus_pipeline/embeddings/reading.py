@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from proteus_pipeline.embeddings import segment as segment_file
+from proteus_pipeline.embeddings.chunks import ROWS_PER_CHUNK, chunk_nbytes, decode_entry, decode_rows
 from proteus_pipeline.embeddings.publication import SEGMENTS
 from proteus_pipeline.embeddings.stored import NUMPY_DTYPES, content_hash, to_fp32
 from proteus_pipeline.errors import ConfigError, IntegrityError, StorageError
@@ -18,8 +18,8 @@ from proteus_pipeline.identity import digests
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from proteus_pipeline.embeddings.found import Entry
     from proteus_pipeline.embeddings.index import Index, SegmentHeader
-    from proteus_pipeline.embeddings.visible import Entry
     from proteus_pipeline.stores.store import Store
 
 T = TypeVar("T")
@@ -85,7 +85,7 @@ class Reader:
             whole = len(data) - len(data) % NUMPY_DTYPES[entry.stored].itemsize  # of a damaged index's number of bytes
             array: NDArray[np.generic] = np.frombuffer(data[:whole], dtype=NUMPY_DTYPES[entry.stored])
         else:
-            array = segment_file.decode_entry(data, entry.stored, entry.shape, where)
+            array = decode_entry(data, entry.stored, entry.shape, where)
         if content_hash(array, entry.stored) != entry.content:
             raise IntegrityError(f"entry {entry.key} in {where} is not what its index says", "it is computed again")
         return array
@@ -103,12 +103,12 @@ class Reader:
         """
         if not header.chunk_starts:
             return None
-        chunk, row = divmod(entry.row, segment_file.ROWS_PER_CHUNK)
-        nbytes = segment_file.chunk_nbytes(header.entries, entry.stored, header.width)
+        chunk, row = divmod(entry.row, ROWS_PER_CHUNK)
+        nbytes = chunk_nbytes(header.entries, entry.stored, header.width)
 
         def read(store: Store, name: str) -> NDArray[np.generic]:
             data = _bytes(store, name, header.chunk_starts[chunk], nbytes)
-            return segment_file.decode_rows(data, entry.stored, header.width, f"{store.location}/{name}")
+            return decode_rows(data, entry.stored, header.width, f"{store.location}/{name}")
 
         vector = self._first(entry.segment, read)[row]
         return vector if vector.any() else None  # zeros stand for a vector that nobody had

@@ -4,9 +4,6 @@ Per residue, each entry is an array of one chunk, ``KEY/c/0/0``, compressed; and
 the array ``start``. Pooled, all entries are the rows of one array, ``pooled``. Beside them, in the order of the rows:
 ``keys``, ``lengths``, ``contents``, from which a lost index is made again. Chunks end in their crc32c, so any zarr v3
 reader opens a segment; this one reads an entry with one pread and is several times faster.
-
-blosc decodes most damaged chunks to wrong numbers without a word (over 99% of 1,000 flipped bits), and some crash it (a
-segmentation fault within seconds of random damage): the crc32c is not optional, and is compared before blosc sees a byte.
 Rows of vectors are not compressed: one is read without its neighbours, and checked by its content hash.
 """
 
@@ -14,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import struct
 import zipfile
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,31 +21,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from proteus_pipeline.embeddings.chunks import ROWS_PER_CHUNK, checked, chunk_rows, codec_of, encode_entry, with_crc
 from proteus_pipeline.embeddings.stored import NUMPY_DTYPES
 from proteus_pipeline.errors import IntegrityError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    Buffer = bytes | NDArray[np.uint8]
-
 FORMAT = 1
-ROWS_PER_CHUNK = 32  # what a last chunk may waste is small; a row is read without its chunk
-CRC_BYTES = 4
-_RESIDUE = 0x48674BC7
-# Bytes before and after compression, of the 16 of c-blosc's header (README_CHUNK_FORMAT.rst).
-_BLOSC_HEADER = struct.Struct("<4xI4xI")
 _ZARR_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "uint16"}
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # zip's earliest date: equal entries make equal bytes
 _GROUP = "zarr.json"
 _COMPRESSING = 2
-# blosc's chunk: its format's versions, flags, bytes of a number, of all, of a block, of the chunk; each block's place.
-_BLOSC_HEAD = struct.Struct("<BBBBIII")
-_BLOSC_SHUFFLED, _BLOSC_ZSTD = 0x01, 4 << 5
-# Below, blosc does not split a block; above, its temporary memory would be large, and far above it refuses.
-_LEAST_BLOCK, _LARGEST_BLOCK = 4096, 256 << 20
-# Whether a byte of the numbers is worth compressing is tried on so many of them: low ones are noise.
-_TRIED, _WORTHWHILE = 32768, 0.98
 # Writing to the disk begins after so many bytes, and not with the last: else compression and disk wait for each other.
 _FLUSH_BYTES = 8 << 20
 
@@ -154,7 +137,7 @@ class SegmentWriter:
         """Write the oldest of the chunks that are compressed ahead."""
         key, shape, chunk = self._ahead.popleft()
         stored = _ZARR_DTYPES[self._stored]
-        self._member(f"{key}/zarr.json", _array(shape, shape, stored, _compressed(NUMPY_DTYPES[self._stored].itemsize)))
+        self._member(f"{key}/zarr.json", _array(shape, shape, stored, codec_of(NUMPY_DTYPES[self._stored].itemsize)))
         place = self._member(f"{key}/c/0/0", chunk.result())
         self._placed.append(Placed(place.offset, place.nbytes, len(self._placed)))
 
@@ -277,8 +260,8 @@ def describe(path: Path) -> Described:
     try:
         with zipfile.ZipFile(path) as file:
             group = json.loads(file.read(_GROUP))
-            columns = {name: _checked(file.read(f"{name}/c/0/0"), path) for name in ("keys", "contents")}
-            lengths = np.frombuffer(_checked(file.read("lengths/c/0"), path), dtype="<u4").tolist()
+            columns = {name: checked(file.read(f"{name}/c/0/0"), path) for name in ("keys", "contents")}
+            lengths = np.frombuffer(checked(file.read("lengths/c/0"), path), dtype="<u4").tolist()
             infos = {i.filename: i for i in file.infolist()}
             layout = "pooled" if "pooled/zarr.json" in infos else "per_residue"
             rows_name = "pooled" if layout == "pooled" else "start"
@@ -308,120 +291,6 @@ def _place(file: zipfile.ZipFile, info: zipfile.ZipInfo) -> Placed:
     file.fp.seek(info.header_offset + 26)
     name, extra = (int.from_bytes(file.fp.read(2), "little") for _ in range(2))
     return Placed(info.header_offset + 30 + name + extra, info.file_size, 0)
-
-
-def encode_entry(array: NDArray[np.generic], stored: str) -> bytes:
-    """Return a per-residue entry's chunk: bytes -> blosc -> crc32c."""
-    from numcodecs.blosc import Blosc
-
-    array = np.ascontiguousarray(array)
-    if _LEAST_BLOCK <= array.nbytes <= _LARGEST_BLOCK:
-        return with_crc(*_one_block(array))
-    c = _compressed(NUMPY_DTYPES[stored].itemsize)["configuration"]
-    return with_crc(bytes(Blosc(c["cname"], c["clevel"], Blosc.SHUFFLE, c["blocksize"]).encode(array)))
-
-
-def _one_block(array: NDArray[np.generic]) -> list[Buffer]:
-    """Return the parts of a blosc chunk that is one block, of a zstd stream for each byte of the numbers.
-
-    blosc itself makes one stream of all bytes, where zstd codes the high ones, which compress, together with low ones,
-    which don't, and tries the low ones in vain: of the 8M model's hidden states in fp16, 87.2% remain, and 86.8% this way.
-    """
-    from numcodecs import zstd
-
-    size = array.dtype.itemsize
-    words = array.reshape(-1).view(f"<u{size}")
-    parts: list[Buffer] = []
-    for n in range(size):
-        # One byte of all numbers, as blosc's shuffle lays them.
-        plane = (words >> (8 * n) if n else words).astype(np.uint8)
-        some = plane[:_TRIED]
-        stream: Buffer = plane
-        if len(zstd.compress(some, 1)) < _WORTHWHILE * len(some):
-            packed = zstd.compress(plane, 1)
-            stream = packed if len(packed) < len(plane) else plane  # as long as the plane means: the plane itself
-        parts += [struct.pack("<i", len(stream)), stream]
-    first = _BLOSC_HEAD.size + 4  # where the only block begins
-    total = first + sum(len(part) for part in parts)
-    head = _BLOSC_HEAD.pack(2, 1, _BLOSC_SHUFFLED | _BLOSC_ZSTD, size, array.nbytes, array.nbytes, total)
-    return [head, struct.pack("<I", first), *parts]
-
-
-def decode_entry(data: bytes, stored: str, shape: tuple[int, ...], origin: str) -> NDArray[np.generic]:
-    """Return a chunk's array in its stored dtype, after its checksum.
-
-    Raises
-    ------
-    IntegrityError
-        When the bytes are not what was written.
-
-    """
-    from numcodecs import blosc
-
-    body = _checked(data, origin)
-    wanted = shape[0] * shape[1] * NUMPY_DTYPES[stored].itemsize
-    try:
-        # Its own header first: blosc believes it.
-        nbytes, cbytes = _BLOSC_HEADER.unpack_from(body) if len(body) >= _BLOSC_HEADER.size else (0, 0)
-        if (nbytes, cbytes) == (wanted, len(body)):
-            return np.frombuffer(blosc.decompress(body), dtype=NUMPY_DTYPES[stored]).reshape(shape)
-    except (
-        RuntimeError,
-        ValueError,
-        SystemError,
-    ) as error:  # sound bytes, and no chunk of this dtype: another segment's
-        raise IntegrityError(f"a chunk of {origin} is not what its index says", "run it again") from error
-    raise IntegrityError(f"a chunk of {origin} is not what its index says: {shape} in {stored}", "run it again")
-
-
-def decode_rows(data: bytes, stored: str, width: int, origin: str) -> NDArray[np.generic]:
-    """Return a chunk's (rows, D) rows, after its checksum.
-
-    Raises
-    ------
-    IntegrityError
-        When the bytes are not what was written.
-
-    """
-    return np.frombuffer(_checked(data, origin), dtype=NUMPY_DTYPES[stored]).reshape(-1, width)
-
-
-def chunk_rows(entries: int) -> int:
-    """Return the rows of a chunk, in a segment of so many entries."""
-    return min(entries, ROWS_PER_CHUNK)
-
-
-def chunk_nbytes(entries: int, stored: str, width: int) -> int:
-    """Return the bytes of a chunk of rows in the file, its checksum included."""
-    return chunk_rows(entries) * width * NUMPY_DTYPES[stored].itemsize + CRC_BYTES
-
-
-def with_crc(*parts: Buffer) -> bytes:
-    """Return the parts of a chunk with their crc32c behind them, as zarr's codec has it."""
-    import google_crc32c
-
-    crc = 0
-    for part in parts:
-        crc = google_crc32c.extend(crc, part)
-    ended: list[Any] = [*parts, crc.to_bytes(CRC_BYTES, "little")]
-    return b"".join(ended)
-
-
-def _checked(data: bytes, origin: object) -> memoryview:
-    """Return a chunk's bytes without their checksum, having compared it."""
-    import google_crc32c
-
-    # Of bytes that end in their own crc32c, the crc32c is always the same: nothing is copied to leave its four bytes out.
-    if len(data) <= CRC_BYTES or google_crc32c.value(data) != _RESIDUE:
-        raise IntegrityError(f"a chunk of {origin} fails its checksum", "proteus run computes it again")
-    return memoryview(data)[:-CRC_BYTES]
-
-
-def _compressed(typesize: int) -> dict[str, Any]:
-    # The block size is that of chunks beyond _LARGEST_BLOCK alone: zstd's own blocks then hold bytes of one kind. blosc's
-    # automatic size compresses these 8% less well, and at half the speed (measured, width 1280).
-    options = {"cname": "zstd", "clevel": 1, "shuffle": "shuffle", "typesize": typesize}
-    return {"name": "blosc", "configuration": options | {"blocksize": 131072 * typesize}}
 
 
 def _array(shape: tuple[int, ...], chunk: tuple[int, ...], dtype: str, codec: dict[str, Any] | None) -> bytes:

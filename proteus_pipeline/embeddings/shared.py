@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 
 from proteus_pipeline.embeddings.events import FOLDER as EVENTS
 from proteus_pipeline.embeddings.exchange import copy_segment
+from proteus_pipeline.embeddings.found import Entry
 from proteus_pipeline.embeddings.index import INDEXES, RUNS, SegmentHeader
 from proteus_pipeline.embeddings.publication import SEGMENTS
-from proteus_pipeline.embeddings.visible import Entry, Visible
+from proteus_pipeline.embeddings.visible import Visible
 from proteus_pipeline.errors import ConfigError, IntegrityError, StorageError
 from proteus_pipeline.identity import digests
 from proteus_pipeline.stores.places import open_place, scheme_of

@@ -6,25 +6,25 @@ import logging
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from proteus_pipeline.embeddings import events as event_file
 from proteus_pipeline.embeddings.events import CacheEvent, event_files, read_event
+from proteus_pipeline.embeddings.found import Entry, Found, entry_of
 from proteus_pipeline.embeddings.index import (
     CHECKED_BYTES,
     INDEXES,
     RUNS,
-    Attestation,
     Index,
     SegmentHeader,
     key_array,
-    merge_indexes,
 )
+from proteus_pipeline.embeddings.merging import MERGE_AT, merge_indexes, to_merge
 from proteus_pipeline.errors import StorageError
 from proteus_pipeline.stores.files import storage_error
 
@@ -34,49 +34,8 @@ if TYPE_CHECKING:
     from proteus_pipeline.stores.store import Store
 
 _KINDS = {INDEXES: ".idx", RUNS: ".run"}
-# So many index files are merged into a run, with the runs that are not much larger: look-ups stay a few searches.
-MERGE_AT = 4
-# A run of 1 GB, which is written in some seconds.
-_MOST_MERGED = 1 << 24
 _ATTEMPTS = 20
 _log = logging.getLogger(__name__)
-
-
-class Entry(NamedTuple):
-    """One stored embedding: what a manifest says of it, and where it lies.
-
-    Attributes
-    ----------
-    key
-        32 hexadecimal digits.
-    shape
-        (L, D) or (D,).
-    stored
-        ``fp32``, ``fp16`` or ``bf16``.
-    content
-        The content hash.
-    length
-        Residues of its sequence.
-    device_class
-        Where it was computed.
-    seconds
-        What it took, by its share of its segment's tokens.
-    segment, offset, nbytes, row
-        Its bytes, and its row among its segment's entries.
-
-    """
-
-    key: str
-    shape: tuple[int, ...]
-    stored: str
-    content: str
-    length: int
-    device_class: str
-    seconds: float
-    segment: str
-    offset: int
-    nbytes: int
-    row: int
 
 
 @dataclass
@@ -96,76 +55,6 @@ class _Loaded:
 
     def __post_init__(self) -> None:
         self.published = np.array([s.published for s in self.index.segments], dtype=np.int64)
-
-
-@dataclass(frozen=True)
-class Found:
-    """Which entries some keys have: the best of each key first.
-
-    Attributes
-    ----------
-    keys
-        That were asked for.
-    position
-        (n,) of each entry's key in `keys`; sorted.
-    source, row
-        (n,) of its index, in `indexes`, and its row there.
-
-    """
-
-    keys: Sequence[str]
-    position: NDArray[np.int64]
-    source: NDArray[np.int64]
-    row: NDArray[np.int64]
-    indexes: Sequence[Index]
-
-    @property
-    def hits(self) -> int:
-        """How many of the keys have an entry."""
-        return len(np.unique(self.position))
-
-    def missing(self) -> list[str]:
-        """Return the keys that have none."""
-        have = np.zeros(len(self.keys), dtype=bool)
-        have[self.position] = True
-        return [self.keys[i] for i in np.flatnonzero(~have).tolist()]
-
-    def headers(self) -> list[SegmentHeader]:
-        """Return what holds for the segments that the entries lie in."""
-        used: list[SegmentHeader] = []
-        for number, index in enumerate(self.indexes):
-            rows = self.row[self.source == number]
-            used += [index.segments[n] for n in np.unique(index.records["segment"][rows]).tolist()]
-        return used
-
-    def entries(self) -> Iterator[Entry]:
-        """Yield all entries, those of one key together, the best first."""
-        for source, row, position in zip(self.source, self.row, self.position, strict=True):
-            yield entry_of(self.keys[position], self.indexes[source], int(row))
-
-    def places(self) -> Iterator[tuple[str, list[str], list[int], list[str]]]:
-        """Yield where the best entries lie: a segment, its keys, their offsets, sorted, and their content hashes."""
-        first = np.flatnonzero(np.diff(self.position, prepend=-1))
-        for source, index in enumerate(self.indexes):
-            here = first[self.source[first] == source]
-            if not len(here):
-                continue
-            records = index.records[self.row[here]]
-            order = np.lexsort((records["offset"], records["segment"]))
-            here, records = here[order], records[order]
-            numbers, firsts = np.unique(records["segment"], return_index=True)
-            for number, start, end in zip(numbers, firsts, [*firsts[1:], len(here)], strict=True):
-                some = records[start:end]
-                hashes = some["content"].tobytes().hex()
-                contents = [hashes[i : i + 32] for i in range(0, len(hashes), 32)]
-                keys = [self.keys[i] for i in self.position[here[start:end]].tolist()]
-                yield index.segments[number].segment, keys, some["offset"].tolist(), contents
-
-    def best(self) -> Iterator[Entry]:
-        """Yield each key's best entry."""
-        first = np.flatnonzero(np.diff(self.position, prepend=-1))
-        for i in first:
-            yield entry_of(self.keys[self.position[i]], self.indexes[self.source[i]], int(self.row[i]))
 
 
 class Visible:
@@ -474,16 +363,6 @@ class Visible:
         self.refresh()
 
 
-def to_merge(new: Mapping[str, int], runs: Mapping[str, int], *, everything: bool = False) -> list[str]:
-    """Return which indexes and runs, of so many entries each, are to become one run: all new ones, and small runs."""
-    chosen, total = list(new), sum(new.values())
-    for name, size in sorted(runs.items(), key=lambda run: run[1]):
-        if total + size <= _MOST_MERGED and (everything or size <= 2 * total):
-            chosen.append(name)
-            total += size
-    return chosen if len(chosen) > 1 or everything else []
-
-
 def _segment_numbers(loaded: _Loaded, rows: NDArray[np.int64]) -> NDArray[np.uint32]:
     numbers: NDArray[np.uint32] = loaded.index.records["segment"][rows]
     return numbers
@@ -507,23 +386,3 @@ def _preferred(
     foreign = np.array([c != own for c in classes], dtype=bool)[number]
     order = np.lexsort((-published, foreign, found.position))
     return order[~foreign[order]] if only_mine else order
-
-
-def entry_of(key: str, index: Index, row: int) -> Entry:
-    """Return the entry that a row of an index describes."""
-    offset, nbytes, content, place, length, number = index.record(row)
-    header = index.segments[number]
-    a: Attestation = header.attestation
-    return Entry(
-        key,
-        (length, header.width) if header.layout == "per_residue" else (header.width,),
-        header.stored,
-        content.hex(),
-        length,
-        a.device_class,
-        a.seconds * (length + 2) / a.tokens if a.tokens else 0.0,
-        header.segment,
-        offset,
-        nbytes,
-        place,
-    )

@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import re
 import secrets
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,7 +20,8 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from proteus_pipeline.errors import ConfigError
-from proteus_pipeline.stores.redis_url import RedisPlace, parse_url
+from proteus_pipeline.stores.redis_connection import Trip, connect, reason
+from proteus_pipeline.stores.redis_url import parse_url
 from proteus_pipeline.stores.sealed import FORMAT, Seal
 
 if TYPE_CHECKING:
@@ -29,12 +29,10 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# One wait for the server, and one whole round trip: a server that sends a byte now and then is slow too. Seconds.
-TIMEOUT_S, TRIP_S = 0.25, 1.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
-# The largest value; values and bytes of one round trip. What a trip may bring is bounded, whoever put what there.
+# The largest value; values of one round trip.
 MOST_BYTES = 1 << 20
-_BATCH, _TRIP_BYTES = 512, 32 << 20
+_BATCH = 512
 _LEASE_PAUSE_S = 0.05
 _TOKEN = re.compile(rb"[0-9a-f]{32}")
 # Gives a lease back only to who holds it still.
@@ -76,7 +74,7 @@ class RedisClient:
         self.place = parse_url(url)
         self.rejected = self.failures = 0
         self._seal = seal or Seal.of_environment()
-        self._trip = _Trip()
+        self._trip = Trip()
         if find_spec("redis") is None:
             raise ConfigError(
                 "Redis needs the library redis, which is not installed", "pip install 'proteus_pipeline[redis]'"
@@ -87,7 +85,7 @@ class RedisClient:
 
     @cached_property
     def _redis(self) -> redis.Redis:
-        return _connect(self.place, self._trip)
+        return connect(self.place, self._trip)
 
     def __repr__(self) -> str:
         return f"RedisClient({str(self.place)!r})"
@@ -276,7 +274,7 @@ class RedisClient:
             if not refused:
                 self._pause = min(max(2 * self._pause, FIRST_PAUSE_S), LONGEST_PAUSE_S)
                 self._closed_until = time.monotonic() + self._pause
-        text = f"Redis at {self.place} {_why(error)}: going on without it, slower and with the same results"
+        text = f"Redis at {self.place} {reason(error)}: going on without it, slower and with the same results"
         self._warn("down", text)
 
     def _reject(self) -> None:
@@ -293,101 +291,6 @@ class RedisClient:
             first = what not in self._warned
             self._warned.add(what)
         _log.log(logging.WARNING if first else logging.DEBUG, "%s", text)
-
-
-class _Trip(threading.local):
-    """How long the round trip that this thread makes may take yet, and how much it may bring."""
-
-    until = float("inf")
-    left = _TRIP_BYTES
-
-    def begin(self) -> None:
-        self.until, self.left = time.monotonic() + TRIP_S, _TRIP_BYTES
-
-    def timeout(self) -> float:
-        left = self.until - time.monotonic()
-        if left <= 0:
-            raise TimeoutError("the round trip takes too long")
-        return min(TIMEOUT_S, left)
-
-    def brought(self, count: int) -> int:
-        self.left -= count
-        if self.left < 0:
-            raise ConnectionError("the answer is too large")
-        return count
-
-
-class _Bounded:
-    """A socket that keeps to its thread's round trip: a timeout alone begins anew with each byte that comes."""
-
-    def __init__(self, inner: socket.socket, trip: _Trip) -> None:
-        self._inner, self._trip = inner, trip
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
-
-    def recv_into(self, buffer: Any, *args: int) -> int:
-        self._inner.settimeout(self._trip.timeout())
-        return self._trip.brought(self._inner.recv_into(buffer, *args))
-
-    def recv(self, size: int, *args: int) -> bytes:
-        if args:  # a look whether it is closed, which waits for nothing
-            return self._inner.recv(size, *args)
-        self._inner.settimeout(self._trip.timeout())
-        data = self._inner.recv(size)
-        self._trip.brought(len(data))
-        return data
-
-    def sendall(self, data: bytes) -> None:
-        self._inner.settimeout(self._trip.timeout())
-        self._inner.sendall(data)
-
-
-def _connect(place: RedisPlace, trip: _Trip) -> redis.Redis:
-    """Return a client of redis-py that asks once, and waits as long as said here; it connects when it is first used."""
-    import redis
-    from redis.backoff import NoBackoff
-    from redis.retry import Retry
-
-    base: type[redis.Connection] = redis.SSLConnection if place.tls else redis.Connection
-
-    class Bounded(base):  # type: ignore[misc, valid-type]
-        def _connect(self) -> _Bounded:
-            return _Bounded(super()._connect(), trip)
-
-    pool = redis.ConnectionPool(
-        connection_class=Bounded,
-        **place.options(),
-        protocol=2,  # version 3 brings a handshake and pushed messages that nothing here needs
-        socket_timeout=TIMEOUT_S,
-        socket_connect_timeout=TIMEOUT_S,
-        retry=Retry(NoBackoff(), 0),
-    )
-    return redis.Redis(connection_pool=pool)
-
-
-def _why(error: Exception) -> str:
-    """Say what went wrong; never by the library's own text, which may hold what it was given."""
-    import ssl
-
-    import redis
-
-    if isinstance(error, redis.AuthenticationError):
-        return "refuses this user or password"
-    if isinstance(error, redis.TimeoutError | TimeoutError):
-        return "does not answer in time"
-    if isinstance(error, redis.ResponseError):
-        return f"refuses what it was asked ({type(error).__name__})"
-    if isinstance(error, redis.ConnectionError | OSError):
-        trusted = not any(isinstance(cause, ssl.SSLCertVerificationError) for cause in _causes(error))
-        return "can't be reached" if trusted else "can't be reached: its certificate is none to trust under that name"
-    return f"gives answers that are none ({type(error).__name__})"
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 def _key(kind: str, name: str) -> bytes:

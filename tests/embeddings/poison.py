@@ -8,12 +8,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from proteus_pipeline.embeddings import computing
+from proteus_pipeline.embeddings import job
 
 
 def dask_setup(_worker: object) -> None:
     """Put what kills before what computes."""
-    sound = computing.compute
+    sound = job.compute
     kills, fails = os.environ["TEST_KILLS"].split(), os.environ["TEST_FAILS"].split()
 
     def compute(encoder: Any, recipe: Any, sequences: Mapping[str, str], *more: Any) -> Iterator[Any]:
@@ -26,4 +26,4 @@ def dask_setup(_worker: object) -> None:
                 raise MemoryError("no room for this one")
         return sound(encoder, recipe, sequences, *more)
 
-    computing.compute = compute
+    job.compute = compute

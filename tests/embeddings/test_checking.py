@@ -8,7 +8,7 @@ from entries import HERE, Made, headers, make, publish, serves
 
 from proteus_pipeline.embeddings.cache import EmbeddingCache
 from proteus_pipeline.embeddings.events import make_event, write_event
-from proteus_pipeline.embeddings.visible import MERGE_AT
+from proteus_pipeline.embeddings.merging import MERGE_AT
 from proteus_pipeline.errors import IntegrityError
 
 KINDS = [("mean", "fp32"), ("per_residue", "bf16")]

@@ -16,7 +16,7 @@ import torch
 from conftest import make_checkpoint
 from entries import headers
 
-from proteus_pipeline.embeddings import computing
+from proteus_pipeline.embeddings import job
 from proteus_pipeline.embeddings.cache import EmbeddingCache
 from proteus_pipeline.embeddings.embedder import Outcome, embed
 from proteus_pipeline.embeddings.index import SegmentHeader
@@ -265,7 +265,7 @@ def interrupted_at(line: int) -> Iterator[None]:
 
     def trace(frame: FrameType, event: str, _: object) -> object:
         nonlocal left
-        if frame.f_code is not computing.Job._compute_unclaimed.__code__:
+        if frame.f_code is not job.Job._compute_unclaimed.__code__:
             return None
         if event == "line":
             left -= 1
@@ -293,11 +293,11 @@ def test_an_interruption_at_any_line_is_told_as_such_and_keeps_what_was_finished
     assert line > 20
 
 
-@pytest.mark.parametrize("size", [300, computing.PUBLISH_BYTES])
+@pytest.mark.parametrize("size", [300, job.PUBLISH_BYTES])
 def test_an_interruption_while_publishing_keeps_what_was_being_published(
     lab: Lab, monkeypatch: pytest.MonkeyPatch, size: int
 ):
-    monkeypatch.setattr(computing, "PUBLISH_BYTES", size)
+    monkeypatch.setattr(job, "PUBLISH_BYTES", size)
     publish, calls = Publication.publish, []
 
     def interrupted_first(publication: Publication, *args: Any, **kwargs: Any) -> SegmentHeader:
@@ -332,7 +332,7 @@ def test_an_interruption_within_a_windowed_sequence_stores_no_part_of_it(lab: La
 
 @pytest.mark.parametrize(("name", "value"), [("PUBLISH_BYTES", 300), ("PUBLISH_SECONDS", 0.0)])
 def test_long_work_is_published_as_it_comes(lab: Lab, monkeypatch: pytest.MonkeyPatch, name: str, value: float):
-    monkeypatch.setattr(computing, name, value)
+    monkeypatch.setattr(job, name, value)
     seen = []
 
     class Watching(Told):

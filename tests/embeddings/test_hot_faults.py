@@ -22,7 +22,8 @@ from proteus_pipeline.embeddings.hot import HotTier, Offered
 from proteus_pipeline.embeddings.index import Attestation, SegmentHeader
 from proteus_pipeline.embeddings.recipe import Recipe
 from proteus_pipeline.stores import redis as client_file
-from proteus_pipeline.stores.redis import TRIP_S, RedisClient
+from proteus_pipeline.stores.redis import RedisClient
+from proteus_pipeline.stores.redis_connection import TRIP_S
 from proteus_pipeline.stores.sealed import Seal
 
 TORTURE = os.environ.get("PROTEUS_TORTURE") == "1"

@@ -63,6 +63,8 @@ def test_the_golden_cache_reads_to_what_was_written():
         "hits": 2,
         "derived": 1,
         "misses": 24,
+        "redis_hits": 0,
+        "redis_rejected": 0,
     }
     assert {h.trunk for h in headers(GOLDEN)} == {GOLDEN_TRUNK}
 

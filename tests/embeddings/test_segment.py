@@ -9,15 +9,8 @@ import pytest
 from entries import Made, make, publish, serves
 
 from proteus_pipeline.embeddings.cache import EmbeddingCache
-from proteus_pipeline.embeddings.segment import (
-    ROWS_PER_CHUNK,
-    Placed,
-    SegmentWriter,
-    decode_entry,
-    decode_rows,
-    describe,
-    with_crc,
-)
+from proteus_pipeline.embeddings.chunks import ROWS_PER_CHUNK, decode_entry, decode_rows, with_crc
+from proteus_pipeline.embeddings.segment import Placed, SegmentWriter, describe
 from proteus_pipeline.embeddings.stored import content_hash, to_stored
 from proteus_pipeline.errors import IntegrityError
 

@@ -21,7 +21,8 @@ from proteus_pipeline.errors import CacheInvalidationError, ConfigError, Storage
 from proteus_pipeline.models.folder import write_folder
 from proteus_pipeline.serving import fellows
 from proteus_pipeline.serving.fellows import STALE_S, Fellows
-from proteus_pipeline.stores.redis import TRIP_S, RedisClient
+from proteus_pipeline.stores.redis import RedisClient
+from proteus_pipeline.stores.redis_connection import TRIP_S
 
 # A look-up that asks Redis, and finds it hung: two round trips at the longest, and what a busy machine adds.
 BOUND_S = 2 * TRIP_S + 3.0
@@ -197,15 +198,22 @@ def test_what_can_not_be_looked_at_anew_is_an_error_until_it_can(
 
 
 def test_a_remote_that_can_not_be_reached_is_said_and_stops_nothing(
-    registry: ModelVersionManager, repository: Path, server: RedisServer, caplog: pytest.LogCaptureFixture
+    registry: ModelVersionManager,
+    repository: Path,
+    server: RedisServer,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ):
     git(repository, "remote", "add", "origin", str(repository / "nowhere"))
+    monkeypatch.setenv("PROTEUS_GIT_REMOTE", "https://ada:hunter2@127.0.0.1:1/group.git")
     cache = ModelCacheManager(distributed=True, version_manager=registry)
     cache.preload("m")
     ModelCacheManager(distributed=True, version_manager=registry).invalidate("m")
     after_a_while()
     assert cache.get_cached_model("m") is None
     assert "could not be fetched from origin" in caplog.text
+    assert "could not be fetched from https://127.0.0.1:1/group.git: " in caplog.text
+    assert "hunter2" not in caplog.text
 
 
 def test_one_process_loads_at_a_time_and_nobody_waits_for_a_dead_one(

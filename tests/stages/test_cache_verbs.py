@@ -18,6 +18,7 @@ from proteus_pipeline.errors import ConfigError, IntegrityError, StorageError
 from proteus_pipeline.sequences.fasta import Record
 from proteus_pipeline.stages import caching
 from proteus_pipeline.stages.compose import check_cache_folders, check_is_cache
+from proteus_pipeline.stages.importing import Loaded, load
 from proteus_pipeline.stages.project import Project
 
 TRUNK, OTHER = "0123456789abcdef" * 2, "f" * 32
@@ -149,9 +150,9 @@ def test_an_import_is_as_wide_as_the_model(tmp_path: Path, cache: EmbeddingCache
     recipe = {"pooling": "per_residue"}
     for name, chosen in (("wide", {}), ("narrow", recipe)):
         with pytest.raises(ConfigError, match=r"array of 'one' is [79] wide, and m@v1\.0\.0 makes 8"):
-            caching.load(project, asked(cache, **chosen), tmp_path / f"{name}.npz")
+            load(project, asked(cache, **chosen), tmp_path / f"{name}.npz")
     assert cache.stats()["entries"] == 4
-    assert caching.load(project, asked(cache), tmp_path / "right.npz") == caching.Loaded(1, ["nobody"], 0)
+    assert load(project, asked(cache), tmp_path / "right.npz") == Loaded(1, ["nobody"], 0)
 
 
 def test_an_import_says_what_it_skipped(tmp_path: Path, cache: EmbeddingCache):
@@ -166,7 +167,7 @@ def test_an_import_says_what_it_skipped(tmp_path: Path, cache: EmbeddingCache):
         }
         torch.save(value, tmp_path / "esm" / f"{name}.pt")
     project = project_of(tmp_path, [Version(TRUNK, record=True)])
-    done = caching.load(project, asked(cache), tmp_path / "esm")
+    done = load(project, asked(cache), tmp_path / "esm")
     assert (done.imported, done.skipped) == (1, 4)  # the two proteins have one sequence
     assert done.unknown == ["nobody"] * 3
 

@@ -17,7 +17,8 @@ import redis
 from redis_server import RedisServer, redis_server
 
 from proteus_pipeline.errors import ConfigError
-from proteus_pipeline.stores.redis import FIRST_PAUSE_S, MOST_BYTES, TRIP_S, RedisClient
+from proteus_pipeline.stores.redis import FIRST_PAUSE_S, MOST_BYTES, RedisClient
+from proteus_pipeline.stores.redis_connection import TRIP_S
 from proteus_pipeline.stores.sealed import Seal
 
 # What a call may take: a round trip at its longest, and what a busy machine adds.
