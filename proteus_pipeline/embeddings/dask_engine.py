@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from proteus_pipeline.embeddings.cluster import ClusterOptions, Running, running
 from proteus_pipeline.embeddings.computing import Embedded
 from proteus_pipeline.embeddings.engine import Done, Work
-from proteus_pipeline.embeddings.shard_task import CacheAt, Counts, Task, Weights, compute_shard
+from proteus_pipeline.embeddings.shard_task import Counts, Places, Task, Weights, compute_shard
 from proteus_pipeline.embeddings.shards import shards
 from proteus_pipeline.errors import ClusterError, ProteusError, StorageError
 from proteus_pipeline.sequences.fasta import shown
@@ -57,8 +57,8 @@ class DaskEngine:
         Which cluster.
     weights
         Makes sure that the weights are there, and says which; called only when something must be computed.
-    cache
-        As every node opens it.
+    places
+        Where the embeddings lie.
     only_class
         Returns the device class of the entries that the run accepts; empty for any.
     folder
@@ -70,7 +70,7 @@ class DaskEngine:
 
     options: ClusterOptions
     weights: Callable[[], Weights]
-    cache: CacheAt
+    places: Places
     only_class: Callable[[], str]
     folder: Path
     names: Mapping[str, str] = field(default_factory=dict)
@@ -88,13 +88,19 @@ class DaskEngine:
         """
         if work.lease.name is None:
             raise StorageError(
-                f"{self.cache.path} can't be written to, so that workers could not know it by this run's lease",
+                f"{self.places.cache} can't be written to, so that workers could not know it by this run's lease",
                 "use a cache.path that can be written to",
             )
         weights = self.weights()
         memory = self.options.memory_each(weights.max_memory_gb)
         weights = replace(weights, threads=self.options.threads_each, max_memory_gb=memory)
-        task = Task(weights, work.recipe, self.cache, work.lease.name, self.only_class())
+        task = Task(
+            weights,
+            work.recipe,
+            self.places,
+            work.lease.name,
+            self.only_class(),
+        )
         divided = shards(work.missing, work.recipe, self.options.shard_tokens)
         work.start()
         with running(self.options, self.folder) as cluster:

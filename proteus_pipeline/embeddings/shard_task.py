@@ -68,21 +68,23 @@ class Weights:
 
 
 @dataclass(frozen=True)
-class CacheAt:
-    """A cache as a worker opens it. No secret is sent: a bucket's keys and Redis's password are in a worker's own environment.
+class Places:
+    """Where a run's embeddings lie, by names that every node knows them by.
 
     Attributes
     ----------
-    path
-        Its folder, which every node sees by this name.
-    shared, local_bytes, write_back
-        As for `EmbeddingCache`.
+    cache
+        The cache's folder.
+    shared
+        The cache beneath it, a folder or ``s3://BUCKET/PREFIX``; a worker reaches a bucket by its own node's credentials.
+    local_bytes, write_back
+        As for `proteus_pipeline.embeddings.cache.EmbeddingCache`.
     redis
-        ``cache.redis``; None for what ``PROTEUS_REDIS_URL`` says on the worker.
+        ``cache.redis``, which holds no password; None for what ``PROTEUS_REDIS_URL`` says on the worker.
 
     """
 
-    path: str
+    cache: str
     shared: str | None = None
     local_bytes: int = LOCAL_BYTES
     write_back: bool = False
@@ -97,8 +99,8 @@ class Task:
     ----------
     weights, recipe
         What to compute.
-    cache
-        Where it goes.
+    places
+        Where the embeddings lie.
     lease
         The name of the run's lease in it: a worker that does not see that file has another folder there.
     only_class
@@ -108,7 +110,7 @@ class Task:
 
     weights: Weights
     recipe: Recipe
-    cache: CacheAt
+    places: Places
     lease: str
     only_class: str
 
@@ -153,7 +155,7 @@ def compute_shard(task: Task, sequences: dict[str, str]) -> Counts:
 
     """
     device = _checked(task)
-    cache = _cache(task.cache, device, same_class=bool(task.only_class))
+    cache = _cache(task.places, device, same_class=bool(task.only_class))
     with collecting() as metrics, cache.hold() as lease:
         found = {entry.key for entry, _ in cache.find(sequences)}
         missing = {key: s for key, s in sequences.items() if key not in found}
@@ -174,17 +176,17 @@ def compute_shard(task: Task, sequences: dict[str, str]) -> Counts:
 
 
 @lru_cache(maxsize=2)
-def _cache(at: CacheAt, device: str, *, same_class: bool) -> EmbeddingCache:
-    """Return the cache, the same for all shards of a run: a bucket or a Redis that does not answer is then waited for once."""
-    url = given_url(at.redis)
+def _cache(places: Places, device: str, *, same_class: bool) -> EmbeddingCache:
+    """Return the cache, one for all shards of a run: a bucket or a Redis that does not answer is then waited for once."""
+    url = given_url(places.redis)
     return EmbeddingCache(
-        at.path,
+        places.cache,
         accept="same_class" if same_class else "any",
         device_class=lambda: device_class(device),
-        shared=at.shared,
+        shared=places.shared,
         redis=RedisClient(url) if url else None,
-        local_bytes=at.local_bytes,
-        write_back=at.write_back,
+        local_bytes=places.local_bytes,
+        write_back=places.write_back,
     )
 
 
@@ -200,15 +202,15 @@ def _checked(task: Task) -> str:
             f"the worker on {host} computes by engine revision {ENGINE_REVISION}, and the run asks for {task.recipe.engine}",
             "install the same proteus_pipeline there",
         )
-    lease = Path(task.cache.path, task.lease)
+    lease = Path(task.places.cache, task.lease)
     _wait_for(
         lease,
-        f"the worker on {host} does not see this run's cache, {task.cache.path}",
+        f"the worker on {host} does not see this run's cache, {task.places.cache}",
         "set cache.path to a folder that all nodes share, by the same name",
     )
     if seems_free(lease):
         raise StorageError(
-            f"locks in {task.cache.path} do not reach from the run's node to {host}: each would take the other's runs for dead",
+            f"locks in {task.places.cache} do not reach from the run's node to {host}: each would take the other's runs for dead",
             "mount it with flock (Lustre, not localflock) or without local_lock (NFS)",
         )
     _wait_for(

@@ -10,7 +10,7 @@ from proteus_pipeline.embeddings.dask_engine import DaskEngine
 from proteus_pipeline.embeddings.embedder import Outcome, embed_by
 from proteus_pipeline.embeddings.engine import Engine, LocalEngine
 from proteus_pipeline.embeddings.manifest import listed, write_manifest
-from proteus_pipeline.embeddings.shard_task import CacheAt, Weights
+from proteus_pipeline.embeddings.shard_task import Places, Weights
 from proteus_pipeline.errors import IntegrityError
 from proteus_pipeline.models.device import attested, device_class, on_gpu, resolve_device
 from proteus_pipeline.sequences.fasta import Record, read_fasta
@@ -86,12 +86,13 @@ def engine_of(project: Project, composed: dict[str, Any], stage: str, records: S
             runtime["tokens_per_batch"],
         )
     cache, same_class = composed["cache"], composed["cache"]["accept"] == "same_class"
+    shared = str(project.place(cache["shared"])) if cache["shared"] else None
     return DaskEngine(
         cluster_options(project, composed["cluster"]),
         lambda: _weights(project, composed, stage),
-        CacheAt(
+        Places(
             str(project.cache(composed).path.absolute()),
-            str(project.place(cache["shared"])) if cache["shared"] else None,
+            shared,
             cache["local_bytes"],
             cache["write_back"],
             cache.get("redis"),

@@ -12,7 +12,7 @@ from proteus_pipeline.embeddings.dask_engine import DaskEngine
 from proteus_pipeline.embeddings.embedder import Outcome, embed_by
 from proteus_pipeline.embeddings.index import key_strings
 from proteus_pipeline.embeddings.recipe import Recipe
-from proteus_pipeline.embeddings.shard_task import CacheAt, Weights
+from proteus_pipeline.embeddings.shard_task import Places, Weights
 
 RECIPE = Recipe(6)
 
@@ -39,7 +39,7 @@ class Bench:
 
     def __init__(self, path: Path, registry: Path, trunk: str, proteins: dict[str, str]) -> None:
         self.path, self.trunk, self.proteins = path, trunk, proteins
-        self.at = CacheAt(str(path))
+        self.places = Places(str(path))
         self.weights = Weights(str(registry), "demo@v1.0.0", trunk, "cpu", None, None, 2048)
 
     def run(
@@ -50,7 +50,7 @@ class Bench:
         cache: EmbeddingCache | None = None,
     ) -> Outcome:
         names = {s: name for name, s in self.proteins.items()}
-        engine = DaskEngine(options, lambda: self.weights, self.at, str, self.path.parent / "logs", names)
+        engine = DaskEngine(options, lambda: self.weights, self.places, str, self.path.parent / "logs", names)
         return embed_by(
             engine,
             sequences or list(self.proteins.values()),

@@ -31,7 +31,7 @@ from proteus_pipeline.embeddings.cache import EmbeddingCache
 from proteus_pipeline.embeddings.cluster import ClusterOptions
 from proteus_pipeline.embeddings.embedder import embed
 from proteus_pipeline.embeddings.engine import Work
-from proteus_pipeline.embeddings.shard_task import CacheAt, Task, compute_shard
+from proteus_pipeline.embeddings.shard_task import Places, Task, compute_shard
 from proteus_pipeline.embeddings.usage import uses
 from proteus_pipeline.errors import ClusterError, ConfigError, IntegrityError, StorageError
 from proteus_pipeline.metrics.lines import by_name
@@ -141,7 +141,7 @@ def test_workers_offer_to_redis_write_back_to_a_bucket_and_count_as_this_process
     with redis_server(tmp_path / "redis", ["--requirepass", "hunter2"]) as server:
         url = server.url.replace("//", "//:hunter2@")
         monkeypatch.setenv("PROTEUS_REDIS_URL", url)
-        bench.at = CacheAt(str(bench.path), shared, write_back=True)
+        bench.places = Places(str(bench.path), shared, write_back=True)
         with counting(lambda: tmp_path / "metrics"):
             here = EmbeddingCache(bench.path, shared=shared, redis=RedisClient(url))
             outcome = bench.run(LOCAL, cache=here)
@@ -281,7 +281,7 @@ def test_who_has_no_certificate_gets_no_answer(bench: Bench, tmp_path: Path, mon
 def task(bench: Bench) -> Iterator[Task]:
     with EmbeddingCache(bench.path).hold() as lease:
         assert lease.name
-        yield Task(bench.weights, RECIPE, CacheAt(str(bench.path)), lease.name, "")
+        yield Task(bench.weights, RECIPE, Places(str(bench.path)), lease.name, "")
 
 
 def shard(bench: Bench, number: int = 2) -> dict[str, str]:
@@ -326,7 +326,7 @@ def test_a_worker_with_another_folder_in_the_caches_place_computes_nothing(
     monkeypatch.setattr(shard_task, "_VISIBLE_S", 0.0)
     (tmp_path / "elsewhere").mkdir()
     with pytest.raises(StorageError, match=r"does not see this run's cache, .*elsewhere; set cache.path to a folder"):
-        compute_shard(replace(task, cache=CacheAt(str(tmp_path / "elsewhere"))), shard(bench))
+        compute_shard(replace(task, places=Places(str(tmp_path / "elsewhere"))), shard(bench))
     gone = replace(task, weights=replace(task.weights, home=str(tmp_path / "nowhere")))
     with pytest.raises(StorageError, match=r"does not see .*nowhere; keep the project in a folder"):
         compute_shard(gone, shard(bench))
@@ -340,7 +340,7 @@ def test_a_worker_that_could_lock_the_runs_lease_computes_nothing(bench: Bench, 
         data = (other.path / lease.name).read_bytes()
     (other.path / lease.name).write_bytes(data)
     with pytest.raises(StorageError, match=r"do not reach from the run's node to .*; mount it with flock"):
-        compute_shard(replace(task, cache=CacheAt(str(other.path)), lease=lease.name), shard(bench))
+        compute_shard(replace(task, places=Places(str(other.path)), lease=lease.name), shard(bench))
     assert (other.path / lease.name).read_bytes() == data
 
 
