@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 NAMES = ("compose", "prepare", "embed", "probe", "compare", "contacts", "report")
 
+_FEW, _LONGEST = 5, 60
+
 
 def add_to(verbs: Any) -> None:
     this = verbs.add_parser(
@@ -60,4 +62,5 @@ def told(outcome: Outcome) -> str:
 
 def by_class(counts: Mapping[str, int]) -> str:
     """Return counts of entries by their device class as words; a class is whatever the entry's maker called it."""
-    return ", ".join(f"{number} of {shown(name)}" for name, number in counts.items())
+    said = [f"{number} of {shown(name[:_LONGEST])}" for name, number in counts.items()]
+    return ", ".join(said[:_FEW]) + (f", and {len(said) - _FEW} classes more" if len(said) > _FEW else "")

@@ -18,7 +18,7 @@ from proteus_pipeline.embeddings.leases import Lease
 from proteus_pipeline.embeddings.publication import Publication
 from proteus_pipeline.embeddings.recipe import Recipe
 from proteus_pipeline.embeddings.stored import to_fp32
-from proteus_pipeline.errors import StorageError
+from proteus_pipeline.errors import ConfigError, StorageError
 from proteus_pipeline.models.device import attested, on_gpu
 from proteus_pipeline.models.encoder import TOKENS_PER_BATCH
 from proteus_pipeline.stores.counts import count
@@ -210,7 +210,10 @@ def embed_by(
 
 def _of_others(cache: EmbeddingCache, read: Sequence[Entry]) -> dict[str, int]:
     """Count entries by their device class, where that is not this machine's: which it is takes a second to ask torch."""
-    mine = cache.device_class() if read else ""
+    try:
+        mine = cache.device_class() if read else ""
+    except ConfigError:  # the GPU that the settings name is not here: nor was anything computed on it here
+        mine = ""
     return dict(sorted(Counter(e.device_class for e in read if e.device_class != mine).items()))
 
 

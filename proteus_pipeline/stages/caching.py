@@ -361,9 +361,9 @@ def other_cache(project: Project, cache: EmbeddingCache, location: str | None) -
     if not location and (url := os.environ.get(URL_VARIABLE)):
         try:
             parse_url(url)
-        except ConfigError as error:
+        except ConfigError:
             # Not quoted: it may hold a key.
-            raise ConfigError(f"{URL_VARIABLE}: it is no S3 URL that can be used", _S3_FORM) from error
+            raise ConfigError(f"{URL_VARIABLE}: it is no S3 URL that can be used", _S3_FORM) from None
         return url
     if location:
         check_location(location)

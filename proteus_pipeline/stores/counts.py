@@ -29,7 +29,7 @@ _PATIENCE, _FIRST_PAUSE, _LONGEST_PAUSE = 5.0, 0.0002, 0.005
 # Not through a link, which a clone may bring, and not into a pipe that nobody reads.
 _APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 _counting: Callable[[], Path] | None = None
-_collected: dict[Series, float] | None = None
+_collected: list[dict[Series, float]] = []
 _collecting = threading.Lock()  # several threads of a worker count
 
 
@@ -139,12 +139,15 @@ def counting(folder: Callable[[], Path]) -> Iterator[None]:
 @contextmanager
 def collecting() -> Iterator[dict[Series, float]]:
     """Have what this process counts collected in a mapping, until the body ends: another process is to `add` it to its own."""
-    global _collected  # noqa: PLW0603 - as above
-    before, _collected = _collected, {}
+    mine: dict[Series, float] = {}
+    with _collecting:
+        _collected.append(mine)
     try:
-        yield _collected
+        yield mine
     finally:
-        _collected = before
+        # Whichever ends first, where two threads collect: what both count is in the mapping of either.
+        with _collecting:
+            _collected[:] = [other for other in _collected if other is not mine]
 
 
 def add(collected: Mapping[Series, float]) -> None:
@@ -174,9 +177,10 @@ def count(name: str, value: float = 1, **labels: str) -> None:
         All that the metric has.
 
     """
-    if _collected is not None:
-        with _collecting:
+    with _collecting:
+        if _collected:
             for series, increment in increments(name, value, labels).items():
-                _collected[series] = _collected.get(series, 0) + increment
-    elif _counting is not None:
+                _collected[-1][series] = _collected[-1].get(series, 0) + increment
+            return
+    if _counting is not None:
         add(increments(name, value, labels))

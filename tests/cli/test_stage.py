@@ -24,6 +24,11 @@ def test_what_others_call_their_device_is_not_obeyed():
     assert by_class({"\x1b[2Jcuda\n": 1}) == "1 of \\x1b[2Jcuda\\n"
 
 
+def test_many_or_long_names_do_not_fill_the_screen():
+    assert by_class({f"{n}": n for n in range(9)}).endswith("4 of 4, and 4 classes more")
+    assert len(by_class({"x" * 1000: 1})) < 100
+
+
 def test_the_table_names_other_device_classes():
     facts = summary(replace(OUTCOME, other_classes={"cuda/sm_90": 4})) | {"status": "run"}
     line = "  embed used hits from other device classes: 4 of cuda/sm_90"
