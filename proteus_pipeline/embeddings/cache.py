@@ -18,7 +18,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,14 +26,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from proteus_pipeline.embeddings.contents import Content, contents, stats
-from proteus_pipeline.embeddings.events import make_event, write_event
 from proteus_pipeline.embeddings.exchange import Copied, copy
 from proteus_pipeline.embeddings.found import Entry
 from proteus_pipeline.embeddings.hot import HotTier
 from proteus_pipeline.embeddings.index import Attestation
 from proteus_pipeline.embeddings.leases import Lease, lease
 from proteus_pipeline.embeddings.lookup import EntryLookup
-from proteus_pipeline.embeddings.publication import SEGMENTS, Publication, check_entry
+from proteus_pipeline.embeddings.publication import SEGMENTS, Publication, check_entries
 from proteus_pipeline.embeddings.recipe import Recipe
 from proteus_pipeline.embeddings.shared import (
     LOCAL_BYTES,
@@ -42,10 +41,9 @@ from proteus_pipeline.embeddings.shared import (
     merge_far,
     open_tier,
 )
-from proteus_pipeline.embeddings.stored import to_fp32
 from proteus_pipeline.embeddings.usage import record_use
 from proteus_pipeline.embeddings.visible import Visible
-from proteus_pipeline.errors import CacheInvalidationError, ConfigError, StorageError
+from proteus_pipeline.errors import ConfigError, StorageError
 from proteus_pipeline.eviction import policies as eviction
 from proteus_pipeline.stores.counts import count
 from proteus_pipeline.stores.store import Store
@@ -61,7 +59,6 @@ if TYPE_CHECKING:
     from proteus_pipeline.stores.redis import RedisClient
 
 POLICIES = tuple(name for name in eviction.POLICIES if name != "ttl")
-_ATTEMPTS = 3
 _log = logging.getLogger(__name__)
 
 
@@ -181,12 +178,7 @@ class EmbeddingCache(EntryLookup):
             When keys, arrays and lengths do not fit each other or the recipe; nothing is written.
 
         """
-        if not keys or not len(keys) == len(arrays) == len(lengths):
-            raise ValueError(f"{len(keys)} keys, {len(arrays)} arrays and {len(lengths)} lengths make no segment")
-        if len(set(keys)) != len(keys):
-            raise ValueError("a segment holds each key once")
-        for key, array, length in zip(keys, arrays, lengths, strict=True):
-            check_entry(recipe, key, array, length, arrays[0].shape[-1])
+        check_entries(recipe, keys, arrays, lengths)
         publication = self.begin(trunk, recipe)
         try:
             for key, array, length in zip(keys, arrays, lengths, strict=True):
@@ -246,28 +238,9 @@ class EmbeddingCache(EntryLookup):
             For a layer that the model does not have.
 
         """
-        from proteus_pipeline.embeddings.embedder import embed
-        from proteus_pipeline.models.device import attested
+        from proteus_pipeline.embeddings.embedder import get_or_compute
 
-        trunk = model.checkpoint.trunk_digest
-        keys = [recipe.key(trunk, s) for s in sequences]
-        arrays: dict[str, NDArray[np.float32]] = {}
-        with self.hold() as mine:  # until they are read: another run may be short of room
-            for _ in range(_ATTEMPTS):
-                outcome = embed(
-                    sequences,
-                    trunk=trunk,
-                    recipe=recipe,
-                    cache=self,
-                    encoder=lambda: model.encoder(precision=recipe.precision, numerics=recipe.numerics, device=device),
-                    attest=lambda: attested(device),
-                )
-                for entry, array in self.find(e.key for e in outcome.entries):
-                    arrays[entry.key] = to_fp32(array, entry.stored)
-                    mine.add([entry.segment])
-                if arrays.keys() >= set(keys):
-                    return [arrays[key] for key in keys]
-        raise StorageError(f"embeddings are evicted from {self.path} as fast as they are made", "raise cache.max_bytes")
+        return get_or_compute(self, sequences, model, recipe, device=device)
 
     def plan(self, sequences: Sequence[str], trunk: str, recipe: Recipe, width: int, device_class: str = "") -> Plan:
         """Return what embedding sequences would take: `proteus_pipeline.embeddings.explaining.plan`."""
@@ -295,15 +268,8 @@ class EmbeddingCache(EntryLookup):
     ) -> list[Audited]:
         """Compute a sample of what is stored once more: `proteus_pipeline.embeddings.checking.audit`."""
         from proteus_pipeline.embeddings.checking import audit
-        from proteus_pipeline.embeddings.computing import compute
-        from proteus_pipeline.models.device import device_class
 
-        def again(missing: Mapping[str, str]) -> Iterator[tuple[str, NDArray[np.generic]]]:
-            encoder = model.encoder(precision=recipe.precision, numerics=recipe.numerics, device=device)
-            return ((done.key, done.array) for done in compute(encoder, recipe, missing))
-
-        trunk, here = model.checkpoint.trunk_digest, device_class(device)
-        return audit(self, sequences, trunk, recipe, compute=again, device_class=here, sample=sample)
+        return audit(self, sequences, model, recipe, sample=sample, device=device)
 
     def invalidate(self, trunk: str, reason: str, *, dry_run: bool = False, **recipe: Any) -> int:
         """Hide all entries of some weights, or of those recipes that agree in the fields given, from every reader at once.
@@ -330,20 +296,9 @@ class EmbeddingCache(EntryLookup):
             When it can't be carried out: the entries are seen as before.
 
         """
-        try:
-            self.refresh()
-            known = [h.published for h in self.all_segments() if h.trunk == trunk]
-            event = make_event("invalidated", reason, after=max(known, default=0), trunk=trunk, recipe=recipe)
-            hidden = sum(h.entries for h in self.visible.segments().values() if event.hides(h))
-            beneath = self._visible_beneath.segments().values() if self._visible_beneath else ()
-            hidden += sum(h.entries for h in beneath if event.hides(h))
-            if hidden and not dry_run:
-                write_event(self.store, event)
-        except StorageError as error:
-            raise CacheInvalidationError(f"nothing was invalidated: {error.what}", error.remedy) from error
-        if self.hot and not dry_run:
-            self.hot.invalidate(trunk)
-        return hidden
+        from proteus_pipeline.embeddings.invalidation import invalidate
+
+        return invalidate(self, trunk, reason, recipe, dry_run=dry_run)
 
     def contents(self) -> list[Content]:
         """Return what there is by weights and recipe, the largest first."""

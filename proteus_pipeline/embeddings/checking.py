@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from proteus_pipeline.embeddings import segment as segment_file
+from proteus_pipeline.embeddings.computing import compute
 from proteus_pipeline.embeddings.events import FOLDER as EVENTS
 from proteus_pipeline.embeddings.events import event_files, make_event, read_event, write_event
 from proteus_pipeline.embeddings.found import Entry
@@ -22,12 +23,12 @@ from proteus_pipeline.embeddings.publication import SEGMENTS, digest_of, to_reco
 from proteus_pipeline.embeddings.reading import ahead
 from proteus_pipeline.embeddings.stored import content_hash, to_fp32
 from proteus_pipeline.errors import FormatError, IntegrityError, StorageError
+from proteus_pipeline.models.device import device_class
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from proteus_pipeline.embeddings.cache import EmbeddingCache
     from proteus_pipeline.embeddings.recipe import Recipe
+    from proteus_pipeline.serving.interface import ModelInterface
 
 QUARANTINE = "quarantine"
 
@@ -264,13 +265,12 @@ class Audited:
 def audit(
     cache: EmbeddingCache,
     sequences: Sequence[str],
-    trunk: str,
+    model: ModelInterface,
     recipe: Recipe,
     *,
-    compute: Callable[[Mapping[str, str]], Iterator[tuple[str, NDArray[np.generic]]]],
-    device_class: str,
     sample: int = 20,
     seed: int = 0,
+    device: str = "cpu",
 ) -> list[Audited]:
     """Compute a sample of what is stored once more, and say how far it has drifted.
 
@@ -280,22 +280,23 @@ def audit(
         What is audited.
     sequences
         Normalised; of those that the cache has, some are drawn.
-    trunk, recipe
+    model, recipe
         What their entries were made by.
-    compute
-        Computes sequences by key, in the recipe's stored dtype, without the cache.
-    device_class
-        This machine's: its entries must agree bit for bit in strict, others need not.
     sample, seed
         How many to draw, and by which seed; all where there are fewer.
+    device
+        Where they are computed: entries of its class must agree bit for bit in strict, others need not.
 
     """
+    trunk, here = model.checkpoint.trunk_digest, device_class(device)
     by_key = {recipe.key(trunk, s): s for s in sequences}
     there = sorted({e.key for found in cache.look_up(list(by_key)) for e in found.best()})
     chosen = random.Random(seed).sample(there, min(sample, len(there)))  # noqa: S311 - no secret
     stored = dict(cache.candidates(chosen))
     done = []
-    for key, array in compute({key: by_key[key] for key in chosen}):
+    encoder = model.encoder(precision=recipe.precision, numerics=recipe.numerics, device=device)
+    for computed in compute(encoder, recipe, {key: by_key[key] for key in chosen}):
+        key, array = computed.key, computed.array
         content = content_hash(array, recipe.stored)
         now = to_fp32(array, recipe.stored).astype(np.float64)
         for entry in stored[key]:
@@ -303,7 +304,7 @@ def audit(
             norm = float(np.linalg.norm(before))
             done.append(
                 Audited(
-                    key, by_key[key], entry.device_class, entry.device_class == device_class,
+                    key, by_key[key], entry.device_class, entry.device_class == here,
                     entry.content == content, float(np.abs(now - before).max()),
                     float(np.linalg.norm(now - before)) / norm if norm else 0.0,
                 )

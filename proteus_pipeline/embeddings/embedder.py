@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from proteus_pipeline.embeddings.cache import EmbeddingCache
 from proteus_pipeline.embeddings.computing import Embedded, Progress, spans_of, tokens_of
 from proteus_pipeline.embeddings.deriving import derive, sources
 from proteus_pipeline.embeddings.engine import Done, Engine, LocalEngine, Work
@@ -18,14 +17,23 @@ from proteus_pipeline.embeddings.index import Attestation, now
 from proteus_pipeline.embeddings.leases import Lease
 from proteus_pipeline.embeddings.publication import Publication
 from proteus_pipeline.embeddings.recipe import Recipe
-from proteus_pipeline.errors import ConfigError
-from proteus_pipeline.models.device import on_gpu
+from proteus_pipeline.embeddings.stored import to_fp32
+from proteus_pipeline.errors import ConfigError, StorageError
+from proteus_pipeline.models.device import attested, on_gpu
 from proteus_pipeline.models.encoder import TOKENS_PER_BATCH
 from proteus_pipeline.stores.counts import count
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from proteus_pipeline.embeddings.cache import EmbeddingCache
     from proteus_pipeline.embeddings.found import Entry
     from proteus_pipeline.models.encoder import Encoder
+    from proteus_pipeline.serving.interface import ModelInterface
+
+# Another run may evict what was just made; who is told so often has too little room.
+_ATTEMPTS = 3
 
 
 @dataclass(frozen=True)
@@ -207,6 +215,31 @@ def _of_others(cache: EmbeddingCache, read: Sequence[Entry]) -> dict[str, int]:
     except ConfigError:  # the GPU that the settings name is not here: nor was anything computed on it here
         mine = ""
     return dict(sorted(Counter(e.device_class for e in read if e.device_class != mine).items()))
+
+
+def get_or_compute(
+    cache: EmbeddingCache, sequences: Sequence[str], model: ModelInterface, recipe: Recipe, *, device: str
+) -> list[NDArray[np.float32]]:
+    """Return embeddings as numbers: `proteus_pipeline.EmbeddingCache.get_or_compute`."""
+    trunk = model.checkpoint.trunk_digest
+    keys = [recipe.key(trunk, s) for s in sequences]
+    arrays: dict[str, NDArray[np.float32]] = {}
+    with cache.hold() as mine:  # until they are read: another run may be short of room
+        for _ in range(_ATTEMPTS):
+            outcome = embed(
+                sequences,
+                trunk=trunk,
+                recipe=recipe,
+                cache=cache,
+                encoder=lambda: model.encoder(precision=recipe.precision, numerics=recipe.numerics, device=device),
+                attest=lambda: attested(device),
+            )
+            for entry, array in cache.find(e.key for e in outcome.entries):
+                arrays[entry.key] = to_fp32(array, entry.stored)
+                mine.add([entry.segment])
+            if arrays.keys() >= set(keys):
+                return [arrays[key] for key in keys]
+    raise StorageError(f"embeddings are evicted from {cache.path} as fast as they are made", "raise cache.max_bytes")
 
 
 def _derive(

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
-from proteus_pipeline.embeddings.cache import EmbeddingCache
 from proteus_pipeline.embeddings.computing import Embedded, Progress
 from proteus_pipeline.embeddings.hot import HotRun
 from proteus_pipeline.embeddings.job import Job
@@ -14,6 +13,7 @@ from proteus_pipeline.embeddings.leases import Lease
 from proteus_pipeline.embeddings.recipe import Recipe
 
 if TYPE_CHECKING:
+    from proteus_pipeline.embeddings.cache import EmbeddingCache
     from proteus_pipeline.embeddings.found import Entry
     from proteus_pipeline.models.encoder import Encoder
 

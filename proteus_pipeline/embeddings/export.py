@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from proteus_pipeline.embeddings import writers
-from proteus_pipeline.embeddings.cache import EmbeddingCache
 from proteus_pipeline.embeddings.computing import Embedded
 from proteus_pipeline.embeddings.selection import Selection
 from proteus_pipeline.errors import ConfigError, StorageError
@@ -21,6 +20,7 @@ from proteus_pipeline.sequences.fasta import shown
 from proteus_pipeline.stores.files import TEMPORARY_PREFIX, atomic_path, storage_error
 
 if TYPE_CHECKING:
+    from proteus_pipeline.embeddings.cache import EmbeddingCache
     from proteus_pipeline.embeddings.writers import Writer
 
 FORMAT = 1

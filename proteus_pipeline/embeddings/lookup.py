@@ -100,6 +100,11 @@ class EntryLookup:
         beneath = self._visible_beneath.segments() if self._visible_beneath else {}
         return list((beneath | self.visible.segments()).values())
 
+    def hidden_by(self, event: CacheEvent) -> int:
+        """Return how many visible entries an event would hide, here and beneath."""
+        beneath = self._visible_beneath.segments().values() if self._visible_beneath else ()
+        return sum(h.entries for h in (*self.visible.segments().values(), *beneath) if event.hides(h))
+
     def look_up(self, keys: Sequence[str]) -> list[Found]:
         """Return what this cache, and the shared one beneath it, have of some keys; nothing is read.
 

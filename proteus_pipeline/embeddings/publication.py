@@ -190,6 +190,25 @@ def check_entry(recipe: Recipe, key: str, array: NDArray[np.generic], length: in
         raise ValueError(f"{shown} is no {recipe.pooling} array of {length} residues in {recipe.stored} ({key})")
 
 
+def check_entries(
+    recipe: Recipe, keys: Sequence[str], arrays: Sequence[NDArray[np.generic]], lengths: Sequence[int]
+) -> None:
+    """Make sure that keys, arrays and lengths make one segment.
+
+    Raises
+    ------
+    ValueError
+        When they do not fit each other or the recipe.
+
+    """
+    if not keys or not len(keys) == len(arrays) == len(lengths):
+        raise ValueError(f"{len(keys)} keys, {len(arrays)} arrays and {len(lengths)} lengths make no segment")
+    if len(set(keys)) != len(keys):
+        raise ValueError("a segment holds each key once")
+    for key, array, length in zip(keys, arrays, lengths, strict=True):
+        check_entry(recipe, key, array, length, arrays[0].shape[-1])
+
+
 def digest_of(path: Path) -> tuple[int, str]:
     """Return a file's size and digest; a part at a time: mapped, all of it would count as this process's memory."""
     hashed, nbytes = digests.Hasher(), 0

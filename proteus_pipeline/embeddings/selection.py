@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from proteus_pipeline.embeddings.cache import EmbeddingCache
 from proteus_pipeline.embeddings.computing import Embedded
 from proteus_pipeline.embeddings.stored import to_fp32
 from proteus_pipeline.errors import StorageError
@@ -14,6 +13,8 @@ from proteus_pipeline.errors import StorageError
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+    from proteus_pipeline.embeddings.cache import EmbeddingCache
 
 BATCH_BYTES = 32 << 20
 """Of the embeddings that are held at once, as fp32; one that is larger is held alone."""

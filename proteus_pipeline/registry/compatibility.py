@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from proteus_pipeline.registry.version import ModelVersion
+
     Hidden = NDArray[np.float32]
 
 LEVELS = ("patch", "minor", "major")
@@ -149,6 +151,14 @@ def measure(
         found += [verdict, *_heads(old, new, tolerance)]
     order = sorted(found, key=lambda finding: -LEVELS.index(finding[0]))
     return Compatibility(order[0][0], tuple(reason for _, reason in order), drift, tolerance, panel_digest())
+
+
+def measure_versions(old: ModelVersion, new: ModelVersion, tolerance: float | None) -> Compatibility:
+    """Measure as `measure`; where no tolerance is given, by the one that was declared for `new`, or the usual one."""
+    told = new.record.compatibility if new.record else {}
+    declared = told.get("tolerance") if told.get("declared") else None
+    allowed = tolerance if tolerance is not None else float(declared or DEFAULT_TOLERANCE)
+    return measure(old.checkpoint, new.checkpoint, tolerance=allowed)
 
 
 def _architecture(old: Checkpoint, new: Checkpoint) -> list[tuple[str, str]]:

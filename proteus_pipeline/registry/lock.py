@@ -15,14 +15,17 @@ from __future__ import annotations
 
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 
 from proteus_pipeline.errors import ConfigError, InvalidVersionError, StaleLockError
 from proteus_pipeline.identity.names import Reference
 from proteus_pipeline.registry.version import ModelVersion
-from proteus_pipeline.registry.versions import ModelVersionManager
 from proteus_pipeline.stores.files import write_atomic
+
+if TYPE_CHECKING:
+    from proteus_pipeline.registry.versions import ModelVersionManager
 
 SCHEMA = 1
 _HEADER = "# What floating references mean. Written by `proteus model lock`; commit it.\n"

@@ -1,4 +1,4 @@
-"""Deleting versions, and bringing them back: a plan that says what it would do, then its execution.
+"""Deleting versions, bringing them back, making one current again: a plan that says what it would do, then its execution.
 
 The order makes every step repeatable after a crash: the backup is made and read back, then the event is published, and
 only then are bytes dropped; on the way back the bytes are there and checked before the version is.
@@ -193,6 +193,28 @@ def restore(manager: ModelVersionManager, name: str, number: str, *, reason: str
             publish_event(git, history, "restored", history.known[number], reason=reason)
         Backups(manager.root).release(version.reference)
     return manager.get_version(name, number)
+
+
+def make_current(manager: ModelVersionManager, name: str, number: str, *, reason: str) -> ModelVersion:
+    """Make a version current: its bytes first, checked against its record, then the event.
+
+    Raises
+    ------
+    VersionNotFoundError
+        When there is no such version, or it was deleted.
+    StorageError, IntegrityError
+        As `check_bytes`; what was current stays so.
+
+    """
+    git, target = manager.ensure_home(), manager.get_version(name, number)
+    check_bytes(manager, target)
+    with exclusive(git):
+        history = manager.history(target.name)
+        if target.version not in history.live:
+            raise manager.not_found(history, f"v{target.version}")
+        if history.current != target.version:
+            publish_event(git, history, "made current", history.known[target.version], reason=reason)
+    return manager.get_version(target.name, target.version)
 
 
 def _restore_tag(manager: ModelVersionManager, git: Git, reference: str) -> None:

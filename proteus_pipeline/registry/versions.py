@@ -15,9 +15,7 @@ from proteus_pipeline.registry.home import scratch_folder
 from proteus_pipeline.registry.lookup import VersionLookup
 from proteus_pipeline.registry.places import DEFAULT_HOME
 from proteus_pipeline.registry.pointers import Pointer
-from proteus_pipeline.registry.publishing import publish_event
 from proteus_pipeline.registry.records import json_like
-from proteus_pipeline.registry.refs import exclusive
 from proteus_pipeline.registry.version import ModelVersion
 from proteus_pipeline.registry.weights import DvcCache
 
@@ -237,13 +235,9 @@ class ModelVersionManager(VersionLookup):
             As `resolve` and `ModelVersion.checkpoint`.
 
         """
-        from proteus_pipeline.registry.compatibility import DEFAULT_TOLERANCE, measure
+        from proteus_pipeline.registry.compatibility import measure_versions
 
-        first, second = self.resolve(old), self.resolve(new)
-        told = second.record.compatibility if second.record else {}
-        declared = told.get("tolerance") if told.get("declared") else None
-        allowed = tolerance if tolerance is not None else float(declared or DEFAULT_TOLERANCE)
-        return measure(first.checkpoint, second.checkpoint, tolerance=allowed)
+        return measure_versions(self.resolve(old), self.resolve(new), tolerance)
 
     # Changing what is there: each an event, never a rewrite
 
@@ -260,15 +254,7 @@ class ModelVersionManager(VersionLookup):
         """
         from proteus_pipeline.registry import retirement
 
-        git, target = self.ensure_home(), self.get_version(model_name, version)
-        retirement.check_bytes(self, target)
-        with exclusive(git):
-            history = self.history(target.name)
-            if target.version not in history.live:
-                raise self.not_found(history, f"v{target.version}")
-            if history.current != target.version:
-                publish_event(git, history, "made current", history.known[target.version], reason=reason)
-        return self.get_version(target.name, target.version)
+        return retirement.make_current(self, model_name, version, reason=reason)
 
     def delete_version(self, model_name: str, version: str, *, reason: str = "", force: bool = False) -> Deletion:
         """Delete a version: a backup first, then an event; its tag, and so its number, stay taken.

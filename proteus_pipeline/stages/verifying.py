@@ -7,80 +7,39 @@ past the cache. What is compared is a manifest, which git has, and the scores th
 from __future__ import annotations
 
 import json
-import math
 import random
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from proteus_pipeline.config.composition import PARAMS, compose, read_params
-from proteus_pipeline.embeddings.computing import Progress, compute
-from proteus_pipeline.embeddings.manifest import Listed, Manifest, read_manifest
-from proteus_pipeline.embeddings.recipe import Recipe
-from proteus_pipeline.embeddings.sketch import distance, sketch
-from proteus_pipeline.embeddings.stored import content_hash, to_fp32
+from proteus_pipeline.embeddings.computing import Progress
+from proteus_pipeline.embeddings.manifest import Manifest, read_manifest
 from proteus_pipeline.errors import ConfigError, IntegrityError
 from proteus_pipeline.models.device import device_class, resolve_device
-from proteus_pipeline.sequences.fasta import Record
 from proteus_pipeline.stages.compare import scores
 from proteus_pipeline.stages.compose import recipe_of, resolve_stages
+from proteus_pipeline.stages.differences import (
+    SCORES_APART,
+    TURNED,
+    Comparison,
+    Difference,
+    differing_metrics,
+    differing_recipe,
+    differing_sequences,
+    tolerance,
+    turned,
+)
 from proteus_pipeline.stages.embed import stage_encoder
 from proteus_pipeline.stages.prepare import prepared
-from proteus_pipeline.stages.probe import one_vector, probe_records
+from proteus_pipeline.stages.probe import probe_records
 from proteus_pipeline.stages.probing import ProbeSettings
 from proteus_pipeline.stages.project import CANDIDATE, DRIFT, MANIFEST, METRICS, Project
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    from proteus_pipeline.models.encoder import Encoder
-
 SAMPLE = 200  # sequences that are computed again, where nobody says how many
-# How far an embedding may be, by relative L2, from the same one of another device class. Measured on the real 8M weights and
-# the 100 demonstration proteins, layers 3 and 6, all poolings; AVX-512 against AVX2 and against no vector instructions, in
-# torch, MKL and oneDNN alike. The worst of 900 embeddings, and in parentheses as their sketches tell it:
-#   2.8e-6 (3.7e-6)  fp32
-#   8.4e-3 (1.2e-2)  mixed
-#   2.0e-2 (3.4e-2)  bf16
-# Deeper models round more often: a factor of 5 is left to them in fp32, of 2.4 where weights rounded to bf16, 1e-2 away,
-# could not be told apart anyhow. In fp32 even weights rounded to fp16, 1.3e-3 away, are. Two proteins are 0.16 apart, or more.
-TOLERANCES = {"fp32": 2e-5, "mixed": 3e-2, "bf16": 8e-2}
-# Where two numbers differ by a little, rounding to a stored dtype moves some of them by a whole step of it. Measured on the
-# same embeddings: 4.7e-5 in fp16 and 1.1e-4 in bf16, of fp32's 2.8e-6.
-_STEPS = {"fp32": 0.0, "fp16": 2.0**-10, "bf16": 2.0**-7}
-# Of so many predictions that fall the other way, scores that count them may differ, on another device class; of the others,
-# so large a part. Measured on the same proteins: fp32 turns none, mixed none, bf16 one, with 0.25% of the log loss.
-_TURNED = 3
-_SCORES_APART = 0.01
-_UNBOUNDED = ("log_loss", "mae", "rmse")
-
-
-@dataclass(frozen=True)
-class Difference:
-    """One thing that is not what the result says.
-
-    Attributes
-    ----------
-    kind
-        ``weights``, ``recipe``, ``sequences``, ``numbers`` or ``metrics``: what to do about it is said for each.
-    what
-        The thing.
-    expected, found
-        What the committed files say, and what is so here.
-
-    """
-
-    kind: str
-    what: str
-    expected: str
-    found: str
-
-    def __str__(self) -> str:
-        return f"{self.what}: expected {self.expected}, found {self.found}"
 
 
 REMEDIES = {
@@ -179,16 +138,9 @@ def verify(
 
     """
     path = project.work / MANIFEST if manifest is None else manifest
-    stage = "compare" if _same(path, project.work / CANDIDATE) else "embed"
-    if stage == "compare" and _is_idle(path):
-        raise ConfigError(f"{path} lists nothing: no candidate was set", "check another manifest, or set candidate=")
-    stated = read_manifest(path)
-    changes = {"runtime": {"device": device}} if device else {}
-    composition = compose(project.work, read_params(project.work / PARAMS), changes=changes)
-    composed = resolve_stages(project, composition, (stage,), fetching)
+    stage, stated = _stated(project, path)
+    composed = _composed(project, stage, path, device, fetching)
     model = composed["stages"][stage]["model"]
-    if model["reference"] is None:
-        raise ConfigError(f"{path} is a candidate's, and params.yaml sets none", "set candidate=NAME@vX.Y.Z there")
     recipe = recipe_of(composed, stage)
     records, _, labels = prepared(project, composed["data"])
     differences = [
@@ -216,14 +168,8 @@ def verify(
         else:
             rows = np.stack([vectors[keys[r.id]] for r in records])
             found = probe_records(records, rows, labels.labels, ProbeSettings(**composed["probe"])).metrics
-            allowed = turned(found) if compared.near else 0.0
-            own = json.loads(json.dumps(found if stage == "embed" else scores(found)))
-            wrong = list(differing_metrics(kept, own, allowed, where))
+            wrong, metrics = _compare_scores(kept, where, found, stage, near=bool(compared.near))
             differences += wrong
-            file = where.partition(":")[0]
-            metrics = f"{len(wrong)} differ from {file}" if wrong else f"as {file} says"
-            if compared.near and not wrong:
-                metrics += f", or no farther than {_TURNED} predictions or {_SCORES_APART:.0%} of a score"
     return Verification(
         manifest=str(manifest or MANIFEST),
         model=model["reference"],
@@ -241,6 +187,44 @@ def verify(
     )
 
 
+def _stated(project: Project, path: Path) -> tuple[str, Manifest]:
+    """Return the stage that a manifest is of, and what it says."""
+    stage = "compare" if _same(path, project.work / CANDIDATE) else "embed"
+    if stage == "compare" and _is_idle(path):
+        raise ConfigError(f"{path} lists nothing: no candidate was set", "check another manifest, or set candidate=")
+    return stage, read_manifest(path)
+
+
+def _composed(
+    project: Project,
+    stage: str,
+    path: Path,
+    device: str | None,
+    fetching: Callable[[int, int | None], None] | None,
+) -> dict[str, Any]:
+    """Return the settings of the stage that a manifest is of, with the version that they mean."""
+    changes = {"runtime": {"device": device}} if device else {}
+    composition = compose(project.work, read_params(project.work / PARAMS), changes=changes)
+    composed = resolve_stages(project, composition, (stage,), fetching)
+    if composed["stages"][stage]["model"]["reference"] is None:
+        raise ConfigError(f"{path} is a candidate's, and params.yaml sets none", "set candidate=NAME@vX.Y.Z there")
+    return composed
+
+
+def _compare_scores(
+    kept: Mapping[str, Any], where: str, found: dict[str, Any], stage: str, *, near: bool
+) -> tuple[list[Difference], str]:
+    """Return what scores that are kept and those that were found differ in, and that in a few words."""
+    allowed = turned(found) if near else 0.0
+    own = json.loads(json.dumps(found if stage == "embed" else scores(found)))
+    wrong = list(differing_metrics(kept, own, allowed, where))
+    file = where.partition(":")[0]
+    if wrong:
+        return wrong, f"{len(wrong)} differ from {file}"
+    within = f", or no farther than {TURNED} predictions or {SCORES_APART:.0%} of a score" if near else ""
+    return [], f"as {file} says{within}"
+
+
 def draw(ids: Sequence[str], sample: int, seed: int) -> set[str]:
     """Return some ids by a seed, all where there are no more.
 
@@ -248,150 +232,6 @@ def draw(ids: Sequence[str], sample: int, seed: int) -> set[str]:
     True
     """
     return set(random.Random(seed).sample(sorted(ids), min(sample, len(ids))))  # noqa: S311 - no secret
-
-
-def tolerance(recipe: Recipe) -> float:
-    """Return how far apart, by relative L2, two device classes may be.
-
-    >>> f"{tolerance(Recipe(layer=6)):.1e}", f"{tolerance(Recipe(layer=6, stored='fp16')):.1e}"
-    ('2.0e-05', '1.6e-04')
-    """
-    rounding = TOLERANCES[recipe.precision]
-    return rounding + math.sqrt(rounding * _STEPS[recipe.stored])
-
-
-def differing_recipe(stated: Mapping[str, Any], own: Mapping[str, Any]) -> Iterator[Difference]:
-    """Yield what a manifest's recipe and the settings differ in."""
-    for name in sorted({*stated, *own}):
-        if stated.get(name) != own.get(name):
-            yield Difference("recipe", f"recipe: {name}", str(stated.get(name)), str(own.get(name)))
-
-
-def differing_sequences(stated: Manifest, records: Sequence[Record], fasta: str) -> Iterator[Difference]:
-    """Yield each id whose key is not that of its sequence by the manifest's own weights and recipe."""
-    try:
-        recipe = Recipe.of_described(stated.recipe)
-        own = {r.id: recipe.key(stated.trunk, r.sequence) for r in records}
-    except (ConfigError, KeyError, TypeError, ValueError):
-        return  # the recipe is no recipe, and was said to be another one
-    listed = {i: e.key for i, e in zip(stated.ids, stated.entries, strict=True)}
-    ids = {key: i for i, key in own.items()}
-    for i, times in Counter(stated.ids).items():
-        if times > 1:
-            yield Difference("sequences", f"{i}: in the manifest", "one row", f"{times} rows")
-    for i, key in own.items():
-        if i not in listed:
-            yield Difference("sequences", f"{i}: in the manifest", "no row", f"a sequence in {fasta}")
-        elif listed[i] != key:
-            whose = f", the key of {ids[listed[i]]}" if listed[i] in ids else ""
-            yield Difference("sequences", f"{i}: key of its sequence", f"{listed[i]}{whose}", key)
-    for i in listed.keys() - own.keys():
-        yield Difference("sequences", f"{i}: in {fasta}", "a sequence", "none")
-
-
-def differing_metrics(
-    kept: Mapping[str, Any], found: Mapping[str, Any], allowed: float, path: str = ""
-) -> Iterator[Difference]:
-    """Yield each score that differs: at all, or where `allowed` is not 0, by more than another device class may make.
-
-    Parameters
-    ----------
-    kept, found
-        Scores, nested.
-    allowed
-        What the predictions that may fall the other way change in a score that counts them; 0 for none.
-    path
-        Before the name of each score.
-
-    """
-    for name in sorted({*kept, *found}):
-        one, other = kept.get(name), found.get(name)
-        if isinstance(one, dict) and isinstance(other, dict):
-            yield from differing_metrics(one, other, allowed, f"{path}{name}.")
-        elif one != other and not (allowed and _close(name, one, other, allowed)):
-            yield Difference("metrics", f"{path}{name}", json.dumps(one), json.dumps(other))
-
-
-def turned(metrics: Mapping[str, Any]) -> float:
-    """Return what some predictions that fall the other way change at most in scores that count predictions.
-
-    >>> round(turned({"classes": {"inside": 10, "outside": 90}}), 3)
-    0.15
-    """
-    classes = metrics.get("classes")
-    # Balanced scores are means over classes: a member of the smallest weighs most.
-    return _TURNED / (len(classes) * min(classes.values())) if classes else _SCORES_APART
-
-
-def _close(name: str, one: object, other: object, allowed: float) -> bool:
-    if not (isinstance(one, float) and isinstance(other, float)):
-        return False  # counts and words must be the same
-    return abs(one - other) <= (_SCORES_APART * abs(other) if name in _UNBOUNDED else allowed)
-
-
-class Comparison:
-    """A manifest's rows beside what is computed here and now.
-
-    Attributes
-    ----------
-    equal, near, farthest, differences
-        As in `Verification`.
-
-    """
-
-    def __init__(self, stated: Manifest, recipe: Recipe, device_class: str) -> None:
-        self._recipe, self._here, self._allowed = recipe, device_class, tolerance(recipe)
-        self._rows: dict[str, list[tuple[str, Listed]]] = {}
-        for i, e in zip(stated.ids, stated.entries, strict=True):
-            self._rows.setdefault(e.key, []).append((i, e))
-        self.equal = self.near = 0
-        self.farthest = 0.0
-        self.differences: list[Difference] = []
-
-    def run(
-        self, encoder: Encoder, wanted: Mapping[str, str], token_budget: int, progress: Progress | None
-    ) -> Iterator[tuple[str, NDArray[np.float32]]]:
-        """Compute sequences by key, compare them with their rows, and yield each one's vector as the probe reads it."""
-        if progress:
-            progress.start(len(wanted), 0, sum(len(s) + 2 for s in wanted.values()), 0.0)
-        for computed in compute(encoder, self._recipe, wanted, token_budget):
-            if progress:
-                progress.advance(1, len(wanted[computed.key]) + 2, 0.0)
-            for i, row in self._rows.get(computed.key, ()):
-                self.compare(i, row, computed.array)
-            yield computed.key, one_vector(to_fp32(computed.array, self._recipe.stored))
-
-    def compare(self, name: str, row: Listed, array: NDArray[np.generic]) -> None:
-        """Compare one row with its array."""
-        stored = self._recipe.stored
-        content, own = content_hash(array, stored), sketch(array, stored)
-        apart = distance(row.sketch, own)
-        # A dtype and a shape are part of the content hash, but not of what people read.
-        for what, told, is_so in (("dtype", row.stored, stored), ("shape", row.shape, array.shape)):
-            if told != is_so:
-                self._differs(f"{name}: {what}", str(told), str(is_so))
-        if content == row.content:
-            self.equal += 1
-            if own != row.sketch:
-                self._differs(f"{name}: sketch", " ".join(row.sketch), " ".join(own))
-        elif row.device_class == self._here and self._recipe.numerics == "strict":
-            self._differs(f"{name}: content", row.content, f"{content}, {_far(apart)}")
-        elif not apart:
-            # Of some 3,800 embeddings with other bits on another class (AVX-512, AVX2, no vector instructions; fp32 in all
-            # poolings and stored dtypes) none had the same sketch: so this hash is not that of the sketch's array.
-            self._differs(f"{name}: content", row.content, f"{content}, {_far(apart)}")
-        elif apart <= self._allowed:
-            self.near += 1
-            self.farthest = max(self.farthest, apart)
-        else:
-            self._differs(f"{name}: embedding", f"one within {self._allowed:.1e}, by {row.device_class}", _far(apart))
-
-    def _differs(self, what: str, expected: str, found: str) -> None:
-        self.differences.append(Difference("numbers", what, expected, found))
-
-
-def _far(apart: float) -> str:
-    return f"{apart:.1e} away by its sketch" if apart else "the same by its sketch"
 
 
 def _differing_weights(project: Project, stated: Manifest, model: Mapping[str, Any]) -> Iterator[Difference]:

@@ -9,7 +9,8 @@ import pytest
 
 from proteus_pipeline.cli.main import main
 from proteus_pipeline.cli.verify import _told
-from proteus_pipeline.stages.verifying import Difference, Verification
+from proteus_pipeline.stages.differences import Difference
+from proteus_pipeline.stages.verifying import Verification
 
 HERE, THERE = "cpu/x86_64/AVX2/Here", "cuda/sm_90"
 METRICS = "as metrics.json says"

@@ -24,7 +24,7 @@ from proteus_pipeline.models.encoder import activation_bytes, weight_bytes
 from proteus_pipeline.models.esm2 import Esm2Encoder
 from proteus_pipeline.models.folder import write_folder
 from proteus_pipeline.models.workers import thread_count
-from proteus_pipeline.serving import residence
+from proteus_pipeline.serving import holdings, residence
 
 PROTEIN, TOKENS = "MKTAYIAKQR", 64
 Register = Callable[..., ModelVersionManager]
@@ -321,14 +321,14 @@ def test_a_load_that_was_invalidated_under_way_is_served_to_nobody_else(
 
 
 def test_a_copy_in_the_making_is_dropped_by_what_drops_copies(register: Register, monkeypatch: pytest.MonkeyPatch):
-    begun, real = threading.Event(), residence.Packed
+    begun, real = threading.Event(), holdings.Packed
 
     def slowly(*args: object) -> object:
         begun.set()
         time.sleep(0.4)
         return real(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(residence, "Packed", slowly)
+    monkeypatch.setattr(holdings, "Packed", slowly)
     for drop in ("clear_cache", "update_cache_config"):
         begun.clear()
         cache = ModelCacheManager(version_manager=register(), eviction_policy="ttl", ttl=0.1)

@@ -12,19 +12,17 @@ from proteus_pipeline.embeddings.recipe import Recipe
 from proteus_pipeline.embeddings.sketch import sketch
 from proteus_pipeline.embeddings.stored import content_hash, to_stored
 from proteus_pipeline.sequences.fasta import Record
-from proteus_pipeline.stages.verifying import (
-    REMEDIES,
+from proteus_pipeline.stages.differences import (
     TOLERANCES,
     Comparison,
     Difference,
-    Verification,
     differing_metrics,
     differing_recipe,
     differing_sequences,
-    draw,
     tolerance,
     turned,
 )
+from proteus_pipeline.stages.verifying import REMEDIES, Verification, draw
 
 TRUNK = "0123456789abcdef0123456789abcdef"
 HERE, THERE = "cpu/x86_64/AVX2/Here", "cuda/sm_90"
