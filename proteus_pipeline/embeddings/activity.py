@@ -86,7 +86,7 @@ class CacheMeter:
             derived=self._look_ups.derived,
             misses=self._look_ups.misses,
             evictions=sum(len(e.segments) for e in events if e.kind == "retired" and e.reason.startswith(EVICTED)),
-            invalidations=sum(e.kind == "invalidated" for e in events),
+            invalidations=len(cache.visible.invalidations()),
             runs=held(Path(cache.path)).runs,
         )
 

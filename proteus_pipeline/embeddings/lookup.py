@@ -79,9 +79,16 @@ class EntryLookup:
             When the folder can't be read.
 
         """
-        self.visible.refresh()
         if self._visible_beneath:
-            self._visible_beneath.refresh()
+            self.visible.refresh_events()
+            self._visible_beneath.refresh()  # first: what is invalidated there is hidden here
+        self.visible.refresh()
+
+    def _refresh_events(self) -> None:
+        """See what was hidden since, on the way of one read; a bucket is asked by `refresh` alone, since that takes longer."""
+        if self._visible_beneath and not isinstance(self._beneath, ReadThrough):
+            self._visible_beneath.refresh_events()
+        self.visible.refresh_events()
 
     @property
     def events(self) -> list[CacheEvent]:
@@ -227,7 +234,7 @@ class EntryLookup:
 
         """
         if self._accept == "any" and residues is None:
-            self.visible.refresh_events()
+            self._refresh_events()
             place = self.visible.locate_one(key)
             vector = self._reader.vector(*place) if place else None
             if vector is not None:
@@ -242,7 +249,7 @@ class EntryLookup:
         """Return one key's entry and its array in the stored dtype, or None: what `find` yields, for one key at once."""
         if self._accept == "any":
             # For one key, what was seen last will do: an entry never changes, and only what hides it must be asked for.
-            self.visible.refresh_events()
+            self._refresh_events()
             entry = self.visible.find_one(key)
             if entry is not None:
                 try:

@@ -243,7 +243,9 @@ def _encoder(weights: Weights, recipe: Recipe, device: str) -> Encoder:
     if threads:
         torch.set_num_threads(threads)
     with _LOADING:
-        models = _models(weights, recipe.precision, recipe.numerics, device)
+        models = _models(
+            weights.home, weights.max_memory_gb, weights.token_budget, recipe.precision, recipe.numerics, device
+        )
     model = models.get_or_load(weights.reference)
     if model.checkpoint.trunk_digest != weights.trunk:
         raise IntegrityError(
@@ -254,18 +256,21 @@ def _encoder(weights: Weights, recipe: Recipe, device: str) -> Encoder:
     return model.encoder()
 
 
-@lru_cache
-def _models(weights: Weights, precision: str, numerics: str, device: str) -> ModelCacheManager:
+@lru_cache(maxsize=1)  # a scheduler's workers see many runs, and have the memory of one cache
+def _models(
+    home: str, max_memory_gb: float | None, token_budget: int, precision: str, numerics: str, device: str
+) -> ModelCacheManager:
+    """Return the models of this worker, of whichever versions."""
     from proteus_pipeline.registry.versions import ModelVersionManager
     from proteus_pipeline.serving.model_cache import ModelCacheManager
 
     return ModelCacheManager(
-        weights.max_memory_gb,
-        version_manager=ModelVersionManager(weights.home),
+        max_memory_gb,
+        version_manager=ModelVersionManager(home),
         precision=precision,
         numerics=numerics,
         device=device,
-        tokens_per_batch=weights.token_budget,
+        tokens_per_batch=token_budget,
     )
 
 

@@ -65,15 +65,19 @@ class Visible:
     store
         Where they lie.
     above
-        What is seen of a cache that lies on top of this one: what is invalidated there is hidden here too. What else
-        happened there is about its own files.
+        What is seen of a cache that lies on top of this one: what is invalidated in the one is hidden in the other too.
+        What else happened there is about its own files.
 
     """
 
     def __init__(self, store: Store, above: Visible | None = None) -> None:
         self._store = store
-        self._above = above
-        self._applied: frozenset[str] = frozenset()
+        self.beside: Visible | None = above
+        if above:
+            above.beside = self
+        # How often its own events have changed, and those of both when they were last applied.
+        self.changes = 0
+        self._applied = (0, 0)
         self._loaded: dict[str, _Loaded | None] = {}
         self._events: dict[str, CacheEvent] = {}
         self._marks: dict[str, object] = {}
@@ -91,15 +95,14 @@ class Visible:
         return [name for name, loaded in self._loaded.items() if loaded is None]
 
     @property
-    def event_names(self) -> frozenset[str]:
-        """The names of all events that hold here."""
-        return frozenset(self._events) | (self._above.event_names if self._above else frozenset())
-
-    @property
     def events(self) -> list[CacheEvent]:
-        """All events that hold here, the oldest first."""
-        above = [e for e in self._above.events if e.kind == "invalidated"] if self._above else []
-        return sorted([*self._events.values(), *above], key=lambda e: e.time)
+        """All events that hold here, the oldest first; a copied one is there once."""
+        known = (self.beside.invalidations() if self.beside else {}) | self._events
+        return sorted(known.values(), key=lambda e: e.time)
+
+    def invalidations(self) -> dict[str, CacheEvent]:
+        """Return what was invalidated in this store, by the events' names."""
+        return {name: e for name, e in self._events.items() if e.kind == "invalidated"}
 
     @property
     def retired(self) -> set[str]:
@@ -195,15 +198,13 @@ class Visible:
         if not self._store.unchanged(folder, self._marks.get(folder)):
             mark = self._store.mark(folder)
             names = event_files(self._store)
-            for name in self._events.keys() - names:
-                del self._events[name]
-            for name in sorted(names - self._events.keys()):
-                with suppress(FileNotFoundError):  # removed since
-                    self._events[name] = read_event(self._store, name)
+            for name in self._events.keys() ^ names:
+                self.changes += 1
+                if self._events.pop(name, None) is None:
+                    with suppress(FileNotFoundError):  # removed since
+                        self._events[name] = read_event(self._store, name)
             self._marks[folder] = mark
-        elif self._above is None:
-            return  # on the way of every single read
-        applied = self.event_names
+        applied = (self.changes, self.beside.changes if self.beside else 0)
         if applied != self._applied:
             for loaded in self._loaded.values():
                 if loaded:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import pickle
@@ -18,26 +19,27 @@ import distributed  # before dask.config.set, which would otherwise forget its s
 import psutil
 import pytest
 from bench import RECIPE, Bench, Told
-from conftest import ROOT
+from conftest import ROOT, make_checkpoint
 from dask_cluster import DaskCluster, certificates, dask_cluster
 from redis_server import redis_server
 from s3 import SECRET_KEY, S3Server
 from slurm import Slurm, missing, slurm
 
-from proteus_pipeline import ModelInterface, ModelVersionManager
+from proteus_pipeline import ModelCacheManager, ModelInterface, ModelVersionManager
 from proteus_pipeline.embeddings import cluster as clusters
 from proteus_pipeline.embeddings import dask_engine, shard_task
 from proteus_pipeline.embeddings.cache import EmbeddingCache
 from proteus_pipeline.embeddings.cluster import ClusterOptions
 from proteus_pipeline.embeddings.embedder import embed
 from proteus_pipeline.embeddings.engine import Work
-from proteus_pipeline.embeddings.shard_task import Places, Task, compute_shard
+from proteus_pipeline.embeddings.shard_task import Places, Task, Weights, compute_shard
 from proteus_pipeline.embeddings.usage import uses
 from proteus_pipeline.errors import ClusterError, ConfigError, IntegrityError, StorageError
 from proteus_pipeline.metrics.lines import by_name
 from proteus_pipeline.models.checkpoint import Checkpoint
 from proteus_pipeline.models.device import attested
 from proteus_pipeline.models.encoder import make_encoder
+from proteus_pipeline.models.folder import write_folder
 from proteus_pipeline.sequences.fasta import read_fasta
 from proteus_pipeline.stores.counts import CountsFile, counting
 from proteus_pipeline.stores.redis import RedisClient
@@ -396,3 +398,20 @@ def test_a_job_that_slurm_does_not_take_is_refused_at_once(bench: Bench, jobs: S
             bench.run(wrong)
         assert "\n" not in str(caught.value)
     assert not jobs.jobs()
+
+
+def test_a_worker_keeps_the_models_of_many_runs_within_one_budget(tmp_path: Path):
+    """A scheduler's workers live for weeks: a cache for each version that ever ran there would fill them."""
+    manager = ModelVersionManager(tmp_path / "registry")
+    for number in range(3):
+        write_folder(make_checkpoint(seed=number), tmp_path / f"{number}")
+        version = manager.register_version(
+            ModelInterface("m", manager, weights=tmp_path / f"{number}"), f"{number + 1}.0.0"
+        )
+        trunk = version.checkpoint.trunk_digest
+        weights = Weights(str(manager.root), version.reference, trunk, "cpu", 0.1, 1, 64)
+        for precision in ("fp32", "mixed"):
+            shard_task._encoder(weights, replace(RECIPE, precision=precision), "cpu")
+    gc.collect()
+    caches = [o for o in gc.get_objects() if type(o) is ModelCacheManager]
+    assert len([c for c in caches if c._bindings.manager.root == manager.root]) == 1

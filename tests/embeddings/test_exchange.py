@@ -90,6 +90,31 @@ def test_a_shared_cache_is_read_beneath_the_own_and_never_written(tmp_path: Path
     assert sorted((p, p.stat().st_mtime_ns) for p in (tmp_path / "shared").rglob("*")) == before
 
 
+def test_what_is_invalidated_beneath_is_hidden_here_too(tmp_path: Path):
+    """A member's own copies of what the group took back are as wrong as the group's."""
+    made, other = make(4), make(2, prefix="other", pooling="max")
+    group = EmbeddingCache(tmp_path / "group")
+    mine = EmbeddingCache(tmp_path / "mine", shared=tmp_path / "group", write_back=True)
+    publish(mine, made)
+    publish(mine, other)
+    key = next(iter(made.arrays))
+    assert mine.get(key) is not None
+    assert group.invalidate(TRUNK, "a bug", pooling="mean") == 4
+    assert mine.get(key) is None
+    assert (serves(mine, made), serves(mine, other)) == (0, 2)
+    assert (mine.stats()["entries"], mine.contents()[0].entries) == (2, 2)
+    fresh = EmbeddingCache(tmp_path / "mine", shared=tmp_path / "group")
+    assert fresh.get(key) is None
+    # What is computed anew is served, here and there.
+    publish(mine, made)
+    assert serves(mine, made) == serves(EmbeddingCache(tmp_path / "group"), made) == 4
+    # What else happens beneath is about the files there.
+    EmbeddingCache(tmp_path / "group", max_bytes=1).fit()
+    assert serves(mine, made) == 4
+    assert mine.invalidate(TRUNK, "another", pooling="mean") == 4
+    assert (serves(mine, made), serves(mine, other)) == (0, 2)
+
+
 def test_what_is_damaged_or_evicted_here_is_read_beneath(tmp_path: Path):
     made = make(4, pooling="per_residue")
     publish(EmbeddingCache(tmp_path / "shared"), made)

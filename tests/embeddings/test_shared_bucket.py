@@ -236,6 +236,22 @@ def test_new_segments_are_written_back_where_asked(s3: S3Server, url: str, tmp_p
     assert serves(EmbeddingCache(tmp_path / "group"), made[0]) == 5
 
 
+def test_what_is_invalidated_in_the_bucket_is_hidden_here_too(url: str, tmp_path: Path):
+    made = make(4)
+    mine = EmbeddingCache(tmp_path / "mine", shared=url, write_back=True)
+    publish(mine, made)
+    admin = EmbeddingCache(tmp_path / "admin")
+    admin.pull(url)
+    admin.invalidate(TRUNK, "a bug")
+    assert admin.push(url).events == 1
+    assert serves(EmbeddingCache(tmp_path / "mine", shared=url), made) == 0
+    time.sleep(read_through.BELIEVED_SECONDS + 0.1)
+    assert serves(mine, made) == 0
+    assert mine.get(next(iter(made.arrays))) is None
+    publish(mine, made)
+    assert serves(mine, made) == serves(EmbeddingCache(tmp_path / "theirs", shared=url), made) == 4
+
+
 def test_wrong_settings_are_one_line(tmp_path: Path):
     for options, said in (
         ({"shared": "gs://bucket/x"}, "gs:// is no place for embeddings; use a folder's path, or s3://BUCKET/PREFIX"),
