@@ -170,11 +170,7 @@ def embed_by(
         tokens = sum(tokens_of(spans_of(s, recipe)) for s in missing.values())
         why = explain_missing(cache, missing, trunk, recipe)
         work = Work(trunk, recipe, cache, missing, tokens, lease, progress, len(by_key), len(read), hot)
-        if missing:
-            computing = engine.compute(work)
-        else:
-            work.start()
-            computing = Done({}, 0)
+        computing = _compute(engine, work)
         done |= computing.entries
         computed = computing.computed
         # What another run computed while this one was at work is a hit.
@@ -201,6 +197,14 @@ def embed_by(
         saved_gpu_seconds=sum(e.seconds for e in read if on_gpu(e.device_class)),
         explained=tuple(why),
     )
+
+
+def _compute(engine: Engine, work: Work) -> Done:
+    """Compute what is missing; where nothing is, the engine is not asked."""
+    if work.missing:
+        return engine.compute(work)
+    work.start()
+    return Done({}, 0)
 
 
 def get_or_compute(
