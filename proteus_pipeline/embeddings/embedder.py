@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from proteus_pipeline.models.encoder import Encoder
     from proteus_pipeline.serving.interface import ModelInterface
 
-# Another run may evict what was just made; who is told so often has too little room.
+# Another run may evict what was just made: it is made again so often.
 _ATTEMPTS = 3
 
 
