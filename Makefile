@@ -32,17 +32,18 @@ lint: setup ## style, types, layers
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: setup lint ## lint, then all tests, in parallel
-	$(BIN)/python -m pytest -n $${PYTEST_WORKERS:-2} --dist loadgroup
+test: setup lint ## lint, then all tests, in parallel: three on two cores, since many wait for servers
+	$(BIN)/python -m pytest -n $${PYTEST_WORKERS:-3} --dist loadgroup
 
 bench: setup ## all benchmarks, ours beside peers', into benchmarks/RESULTS.md; BENCH=--full takes hours
 	$(BIN)/python benchmarks/run.py $(BENCH)
 
 torture: setup ## the fault runs at full count: kill -9, flipped bits
-	PROTEUS_TORTURE=1 $(BIN)/python -m pytest -n $${PYTEST_WORKERS:-2} --dist loadgroup -m torture
+	PROTEUS_TORTURE=1 $(BIN)/python -m pytest -n $${PYTEST_WORKERS:-3} --dist loadgroup -m torture
 
-docs: setup ## the site, in build/site; a warning fails it. Its commands and code are run by make test
+docs: setup ## the site, in build/site; a warning fails it, and its commands and code are run
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	$(BIN)/python -m pytest -n $${PYTEST_WORKERS:-3} --dist load -m documents tests/e2e/test_readme.py
 
 clean: ## remove what can be made again, but not the caches of weights and embeddings
 	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

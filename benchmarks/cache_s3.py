@@ -1,9 +1,9 @@
-"""How fast is the embedding cache on S3, 20 ms away, beside .pt objects and zarr-python? The same data, all sides in turn.
+"""How fast is the embedding cache on S3, 20 ms away, beside .pt objects and zarr-python?
 
-Hidden states of real proteins per residue, fp16, width 1280, on a real S3 server (SeaweedFS) behind a proxy that delays what passes.
-Read: 400 entries in random order, ours with every check, .pt objects by 16 threads of obstore and of boto3 (the better one counts),
-zarr-python through obstore, an array a sequence in one chunk, 16 at a time. Written: our push beside boto3's upload of the
-same bytes in as many objects.
+The same data, all sides in turn. Hidden states of real proteins per residue, fp16, width 1280, on a real S3 server (SeaweedFS)
+behind a proxy that delays what passes. Read: 400 entries in random order, ours with every check, .pt objects by 16 threads of
+obstore and of boto3 (the better one counts), zarr-python through obstore, an array a sequence in one chunk, 16 at a time.
+Written: our push beside boto3's upload of the same bytes in as many objects.
 """
 
 from __future__ import annotations

@@ -110,10 +110,12 @@ def _asked(args: argparse.Namespace) -> Asked:
 
 
 def _stats(args: argparse.Namespace) -> int:
+    from proteus_pipeline.embeddings.contents import stats_beneath
+
     cache = _cache(args)
-    stats = cache.stats()
+    stats, beneath = cache.stats(), stats_beneath(cache)
     if args.json:
-        print(json.dumps({"path": str(cache.path)} | stats))
+        print(json.dumps({"path": str(cache.path)} | stats | ({"shared": beneath} if beneath else {})))
         return 0
     ratio = stats["raw_bytes"] / stats["bytes"] if stats["bytes"] else 1.0
     wanted = stats["hits"] + stats["derived"] + stats["misses"]
@@ -124,6 +126,9 @@ def _stats(args: argparse.Namespace) -> int:
     print(f"  {stats['hits']} hits, {stats['derived']} derived, {stats['misses']} misses{rate}")
     if cache.hot or stats["redis_hits"] or stats["redis_rejected"]:
         print(f"  {stats['redis_hits']} of the hits from Redis, {stats['redis_rejected']} values there rejected")
+    if beneath:
+        size = f"{beneath['entries']} entries in {beneath['segments']} segments, {(beneath['bytes'] or 0) / 1e6:.1f} MB"
+        print(f"  beneath it {beneath['place']}: {size if beneath['entries'] is not None else 'can not be asked now'}")
     return 0
 
 

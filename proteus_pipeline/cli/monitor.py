@@ -79,9 +79,9 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _port(text: str) -> int:
-    if not (text.isascii() and text.isdecimal()) or int(text[:6]) > _LAST_PORT:
+    if not (text.isascii() and text.isdecimal()) or int(text.lstrip("0")[:6] or 0) > _LAST_PORT:
         raise ConfigError(f"--serve {text!r} is no port", f"use a number from 0, for any that is free, to {_LAST_PORT}")
-    return int(text)
+    return int(text.lstrip("0") or 0)
 
 
 class _Collector:

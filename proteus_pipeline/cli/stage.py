@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import argparse
 import importlib
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
+
+from proteus_pipeline.cli.verbs import shown
 
 if TYPE_CHECKING:
     from proteus_pipeline.embeddings.embedder import Outcome
 
 NAMES = ("compose", "prepare", "embed", "probe", "compare", "contacts", "report")
+
+_FEW, _LONGEST = 5, 60
 
 
 def add_to(verbs: Any) -> None:
@@ -50,5 +55,12 @@ def told(outcome: Outcome) -> str:
     )
     if outcome.workers:
         text += f" on {outcome.workers} worker{'s' if outcome.workers > 1 else ''}"
-    twins = outcome.sequences - outcome.unique
-    return f"{text} ({twins} of them equal to another)" if twins else text
+    if twins := outcome.sequences - outcome.unique:
+        text += f" ({twins} of them equal to another)"
+    return f"{text}; from other device classes: {by_class(outcome.other_classes)}" if outcome.other_classes else text
+
+
+def by_class(counts: Mapping[str, int]) -> str:
+    """Return counts of entries by their device class as words; a class is whatever the entry's maker called it."""
+    said = [f"{number} of {shown(name[:_LONGEST])}" for name, number in counts.items()]
+    return ", ".join(said[:_FEW]) + (f", and {len(said) - _FEW} classes more" if len(said) > _FEW else "")

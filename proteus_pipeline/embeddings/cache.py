@@ -73,7 +73,7 @@ class EmbeddingCache(EntryLookup):
         ``any``: entries of every device class are hits, those of this machine's class first; ``same_class``: only
         those of this machine's class are.
     device_class
-        Returns this machine's class; called only where entries differ in theirs.
+        Returns this machine's class; looking up calls it only where entries differ in theirs.
     shared
         Another cache, beneath this one: a folder or ``s3://BUCKET/PREFIX``, read where this one lacks an entry. One in a
         bucket that does not answer is done without, with one warning.
@@ -114,7 +114,7 @@ class EmbeddingCache(EntryLookup):
             raise ConfigError(f"cache.policy is {policy!r}", f"use one of {', '.join(POLICIES)}")
         super().__init__(path, accept=accept, device_class=device_class, shared=shared, local_bytes=local_bytes)
         self.max_bytes, self._policy, self._local_bytes = max_bytes, policy, local_bytes
-        only_mine = self._device_class if accept == "same_class" else None
+        only_mine = self.device_class if accept == "same_class" else None
         self.hot = HotTier(redis, only_mine) if redis else None
         self._write_back = (
             WriteBack(self.store, shared, self._beneath) if write_back and shared and self._beneath else None

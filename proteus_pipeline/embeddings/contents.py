@@ -78,3 +78,19 @@ def stats(cache: EntryLookup) -> dict[str, int]:
     counts = {field: sum(getattr(use, field) for use in used) for field in ("hits", "derived", "misses")}
     counts |= {f"redis_{name}": sum(use.redis.get(name, 0) for use in used) for name in ("hits", "rejected")}
     return {"entries": entries, "segments": len(segments), "bytes": on_disk, "raw_bytes": raw, **counts}
+
+
+def stats_beneath(cache: EntryLookup) -> dict[str, Any] | None:
+    """Return the shared cache's place, entries, segments and bytes; None for each where it can't be asked, and in all for none."""
+    if cache.shared is None:
+        return None
+    cache.refresh()
+    numbers: dict[str, int | None] = dict.fromkeys(("entries", "segments", "bytes"))
+    if visible := cache.visible_beneath:
+        segments, quarantined = visible.segments(), visible.quarantined()
+        numbers = {
+            "entries": sum(header.entries - quarantined[name] for name, header in segments.items()),
+            "segments": len(segments),
+            "bytes": sum(header.segment_bytes for header in segments.values()),
+        }
+    return {"place": str(cache.shared), **numbers}

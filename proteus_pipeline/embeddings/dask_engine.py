@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING
 from proteus_pipeline.embeddings.cluster import ClusterOptions, Running, running
 from proteus_pipeline.embeddings.computing import Embedded
 from proteus_pipeline.embeddings.engine import Done, Work
-from proteus_pipeline.embeddings.shard_task import Counts, Task, Weights, compute_shard
+from proteus_pipeline.embeddings.shard_task import Counts, Places, Task, Weights, compute_shard
 from proteus_pipeline.embeddings.shards import shards
 from proteus_pipeline.errors import ClusterError, ProteusError, StorageError
 from proteus_pipeline.sequences.fasta import shown
+from proteus_pipeline.stores.counts import add
 
 if TYPE_CHECKING:
     from distributed import Future
@@ -56,8 +57,8 @@ class DaskEngine:
         Which cluster.
     weights
         Makes sure that the weights are there, and says which; called only when something must be computed.
-    cache
-        The cache's folder and the shared one's beneath it, by names that every node knows them by.
+    places
+        Where the embeddings lie.
     only_class
         Returns the device class of the entries that the run accepts; empty for any.
     folder
@@ -69,7 +70,7 @@ class DaskEngine:
 
     options: ClusterOptions
     weights: Callable[[], Weights]
-    cache: tuple[Path, Path | None]
+    places: Places
     only_class: Callable[[], str]
     folder: Path
     names: Mapping[str, str] = field(default_factory=dict)
@@ -87,7 +88,7 @@ class DaskEngine:
         """
         if work.lease.name is None:
             raise StorageError(
-                f"{self.cache[0]} can't be written to, so that workers could not know it by this run's lease",
+                f"{self.places.cache} can't be written to, so that workers could not know it by this run's lease",
                 "use a cache.path that can be written to",
             )
         weights = self.weights()
@@ -96,8 +97,7 @@ class DaskEngine:
         task = Task(
             weights,
             work.recipe,
-            str(self.cache[0]),
-            str(self.cache[1]) if self.cache[1] else None,
+            self.places,
             work.lease.name,
             self.only_class(),
         )
@@ -198,6 +198,9 @@ class _Run:
             counts: Counts = future.result()
             self.computed += counts.computed
             self.workers.add(counts.worker)
+            add(counts.metrics)
+            if self._work.hot:
+                self._work.hot.counts["put"] += counts.offered
             if self._work.progress:
                 self._work.progress.advance(len(shard.sequences), counts.tokens, 0.0)
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -17,7 +18,7 @@ from proteus_pipeline.embeddings.leases import Lease
 from proteus_pipeline.embeddings.publication import Publication
 from proteus_pipeline.embeddings.recipe import Recipe
 from proteus_pipeline.embeddings.stored import to_fp32
-from proteus_pipeline.errors import StorageError
+from proteus_pipeline.errors import ConfigError, StorageError
 from proteus_pipeline.models.device import attested, on_gpu
 from proteus_pipeline.models.encoder import TOKENS_PER_BATCH
 from proteus_pipeline.stores.counts import count
@@ -47,6 +48,8 @@ class Outcome:
         Counts; the last three add up to `unique`.
     from_redis
         How many of the hits came from Redis.
+    other_classes
+        By device class, how many hits and derived hits are of another one than this machine's.
     tokens
         Tokens computed.
     seconds
@@ -76,6 +79,7 @@ class Outcome:
     from_redis: int = 0
     saved_gpu_seconds: float = 0.0
     explained: tuple[Miss, ...] = ()
+    other_classes: dict[str, int] = field(default_factory=dict)
 
 
 def embed(
@@ -196,6 +200,7 @@ def embed_by(
         misses=counts(why),
         saved_gpu_seconds=sum(e.seconds for e in read if on_gpu(e.device_class)),
         explained=tuple(why),
+        other_classes=_of_others(cache, read),
     )
 
 
@@ -205,6 +210,15 @@ def _compute(engine: Engine, work: Work) -> Done:
         return engine.compute(work)
     work.start()
     return Done({}, 0)
+
+
+def _of_others(cache: EmbeddingCache, read: Sequence[Entry]) -> dict[str, int]:
+    """Count entries by their device class, where that is not this machine's: which it is takes a second to ask torch."""
+    try:
+        mine = cache.device_class() if read else ""
+    except ConfigError:  # the GPU that the settings name is not here: nor was anything computed on it here
+        mine = ""
+    return dict(sorted(Counter(e.device_class for e in read if e.device_class != mine).items()))
 
 
 def get_or_compute(

@@ -81,7 +81,9 @@ def copy(
     here.refresh()
     there.refresh()
     where = here.by_segment()
-    chosen = [h for name, h in sorted(here.segments().items()) if wanted(h)]
+    # What the target has invalidated would arrive hidden, and so be missing again at the next copy.
+    dead = [e for e in there.events if e.kind == "invalidated"]
+    chosen = [h for _, h in sorted(here.segments().items()) if wanted(h) and not any(e.hides(h) for e in dead)]
     # An index may name a segment that was removed, and copied there again under another name.
     lies = source.names(SEGMENTS)
     again = {h.digest for h in chosen if h.segment in lies}
@@ -190,10 +192,14 @@ def copy_segment(
     try:
         with unfinished.path.open("xb") as file:
             for offset in range(0, header.segment_bytes, _CHUNK_BYTES):
-                data = source.read(name, offset, min(_CHUNK_BYTES, header.segment_bytes - offset))
+                wanted = min(_CHUNK_BYTES, header.segment_bytes - offset)
+                data = source.read(name, offset, wanted)
                 hashed.update(data)
                 file.write(data)
-        if hashed.hexdigest() != header.digest:
+                if len(data) < wanted:
+                    break  # whatever its index says: a damaged one may say 2^60 bytes
+            file_bytes = file.tell()
+        if file_bytes != header.segment_bytes or hashed.hexdigest() != header.digest:
             raise IntegrityError(f"{source.location}/{name} is not the file that was written", _remedy(source))
         unfinished.publish()
     except StorageError:

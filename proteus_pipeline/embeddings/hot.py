@@ -127,6 +127,10 @@ class HotRun:
             self._known_generation = self._tier.client.generation(_generation(self._trunk))
         return self._known_generation
 
+    def begin(self) -> None:
+        """Ask for the generation that this run's vectors go under, before any of them is computed."""
+        self._generation()
+
     def fetch(self, wanted: Mapping[str, str], events: Iterable[CacheEvent]) -> list[Fetched]:
         """Return the sound and valid vectors that Redis has of some sequences.
 

@@ -13,7 +13,7 @@ import numpy as np
 from proteus_pipeline.embeddings.found import Entry, Found
 from proteus_pipeline.embeddings.index import SegmentHeader
 from proteus_pipeline.embeddings.reading import Reader, ahead
-from proteus_pipeline.embeddings.shared import LOCAL_BYTES, open_shared, reading_ahead
+from proteus_pipeline.embeddings.shared import LOCAL_BYTES, DistantVisible, open_shared, reading_ahead
 from proteus_pipeline.embeddings.stored import NUMPY_DTYPES, to_fp32
 from proteus_pipeline.embeddings.visible import Visible
 from proteus_pipeline.errors import ConfigError, IntegrityError, StorageError
@@ -63,7 +63,7 @@ class EntryLookup:
         self.visible = Visible(self.store)
         self.shared = shared
         self._accept = accept
-        self._device_class = device_class or _this_device_class
+        self.device_class = device_class or _this_device_class
         self._beneath, self._visible_beneath = open_shared(shared, self.path, local_bytes, self.visible)
         self._looking = threading.Lock()  # readers ahead look up one at a time
         self._reader = Reader([self.store, *([self._beneath] if self._beneath else [])])
@@ -88,6 +88,12 @@ class EntryLookup:
         """All events that hold here, those of the cache beneath with them, the oldest first, as of the last `refresh`."""
         return (self._visible_beneath or self.visible).events
 
+    @property
+    def visible_beneath(self) -> Visible | None:
+        """What is seen of the shared cache, as of the last `refresh`; None where there is none, or it could not be asked."""
+        beneath = self._visible_beneath
+        return None if isinstance(beneath, DistantVisible) and beneath.left_out else beneath
+
     def all_segments(self) -> list[SegmentHeader]:
         """Return the segments that have visible entries, here and beneath."""
         self.refresh()
@@ -110,10 +116,10 @@ class EntryLookup:
         """
         self.refresh()
         only = self._accept == "same_class"
-        found = [self.visible.find(keys, mine=self._device_class, only_mine=only)]
+        found = [self.visible.find(keys, mine=self.device_class, only_mine=only)]
         if self._visible_beneath:
             rest = found[0].missing()
-            found.append(self._visible_beneath.find(rest, mine=self._device_class, only_mine=only))
+            found.append(self._visible_beneath.find(rest, mine=self.device_class, only_mine=only))
         return found
 
     def candidates(self, keys: Sequence[str]) -> dict[str, list[Entry]]:
@@ -206,7 +212,7 @@ class EntryLookup:
         found = self.look_up([key])
         if self._visible_beneath:
             only = self._accept == "same_class"
-            found.append(self._visible_beneath.find([key], mine=self._device_class, only_mine=only))
+            found.append(self._visible_beneath.find([key], mine=self.device_class, only_mine=only))
         return [entry for part in found for entry in part.entries()]
 
     def get(self, key: str, residues: slice | None = None) -> NDArray[np.float32] | None:

@@ -10,6 +10,7 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -20,11 +21,16 @@ from proteus_pipeline.embeddings.computing import Embedded, spans_of, tokens_of
 from proteus_pipeline.embeddings.job import Job
 from proteus_pipeline.embeddings.leases import seems_free
 from proteus_pipeline.embeddings.recipe import Recipe
+from proteus_pipeline.embeddings.shared import LOCAL_BYTES
 from proteus_pipeline.errors import ConfigError, IntegrityError, StorageError
 from proteus_pipeline.models.device import attested, device_class, resolve_device
 from proteus_pipeline.models.encoder import ENGINE_REVISION
+from proteus_pipeline.stores.counts import collecting
+from proteus_pipeline.stores.redis import RedisClient
+from proteus_pipeline.stores.redis_url import given_url
 
 if TYPE_CHECKING:
+    from proteus_pipeline.metrics.lines import Series
     from proteus_pipeline.models.encoder import Encoder
     from proteus_pipeline.serving.model_cache import ModelCacheManager
 
@@ -62,6 +68,30 @@ class Weights:
 
 
 @dataclass(frozen=True)
+class Places:
+    """Where a run's embeddings lie, by names that every node knows them by.
+
+    Attributes
+    ----------
+    cache
+        The cache's folder.
+    shared
+        The cache beneath it, a folder or ``s3://BUCKET/PREFIX``; a worker reaches a bucket by its own node's credentials.
+    local_bytes, write_back
+        As for `proteus_pipeline.embeddings.cache.EmbeddingCache`.
+    redis
+        ``cache.redis``, which holds no password; None for what ``PROTEUS_REDIS_URL`` says on the worker.
+
+    """
+
+    cache: str
+    shared: str | None = None
+    local_bytes: int = LOCAL_BYTES
+    write_back: bool = False
+    redis: str | None = None
+
+
+@dataclass(frozen=True)
 class Task:
     """What the shards of a run have in common.
 
@@ -69,8 +99,8 @@ class Task:
     ----------
     weights, recipe
         What to compute.
-    cache, shared
-        The cache's folder, which every node sees by this name, and the one beneath it.
+    places
+        Where the embeddings lie.
     lease
         The name of the run's lease in it: a worker that does not see that file has another folder there.
     only_class
@@ -80,19 +110,35 @@ class Task:
 
     weights: Weights
     recipe: Recipe
-    cache: str
-    shared: str | None
+    places: Places
     lease: str
     only_class: str
 
 
 class Counts(NamedTuple):
-    """What became of a shard: computed, already there, tokens computed, and by which process of which host."""
+    """What became of a shard.
+
+    Attributes
+    ----------
+    computed, found
+        Sequences; the latter were there already.
+    tokens
+        Computed.
+    worker
+        Which process of which host.
+    offered
+        Vectors that Redis took.
+    metrics
+        What the worker counted, for the run to keep.
+
+    """
 
     computed: int
     found: int
     tokens: int
     worker: str
+    offered: int
+    metrics: Mapping[Series, float]
 
 
 def compute_shard(task: Task, sequences: dict[str, str]) -> Counts:
@@ -109,25 +155,39 @@ def compute_shard(task: Task, sequences: dict[str, str]) -> Counts:
 
     """
     device = _checked(task)
-    cache = EmbeddingCache(
-        task.cache,
-        accept="same_class" if task.only_class else "any",
-        device_class=lambda: device_class(device),
-        shared=task.shared,
-    )
-    with cache.hold() as lease:
+    cache = _cache(task.places, device, same_class=bool(task.only_class))
+    with collecting() as metrics, cache.hold() as lease:
         found = {entry.key for entry, _ in cache.find(sequences)}
         missing = {key: s for key, s in sequences.items() if key not in found}
-        tokens, theirs = 0, 0
+        tokens, theirs, offered = 0, 0, 0
         if missing:
             weights, recipe = task.weights, task.recipe
+            hot = cache.hot.run(weights.trunk, recipe) if cache.hot else None
+            if hot:
+                hot.begin()
             encoder = _encoder(weights, recipe, device)
             budget = weights.token_budget
-            job = Job(weights.trunk, recipe, cache, encoder, attested(device), budget, lease, None)
+            job = Job(weights.trunk, recipe, cache, encoder, attested(device), budget, lease, None, hot)
             done: dict[str, Embedded] = {}
             theirs = len(job.run(missing, done))
             tokens = sum(tokens_of(spans_of(s, recipe)) for s in missing.values())
-    return Counts(len(missing) - theirs, len(found) + theirs, tokens, _here())
+            offered = hot.counts["put"] if hot else 0
+    return Counts(len(missing) - theirs, len(found) + theirs, tokens, _here(), offered, metrics)
+
+
+@lru_cache(maxsize=2)
+def _cache(places: Places, device: str, *, same_class: bool) -> EmbeddingCache:
+    """Return the cache, one for all shards of a run: a bucket or a Redis that does not answer is then waited for once."""
+    url = given_url(places.redis)
+    return EmbeddingCache(
+        places.cache,
+        accept="same_class" if same_class else "any",
+        device_class=lambda: device_class(device),
+        shared=places.shared,
+        redis=RedisClient(url) if url else None,
+        local_bytes=places.local_bytes,
+        write_back=places.write_back,
+    )
 
 
 def _here() -> str:
@@ -142,15 +202,15 @@ def _checked(task: Task) -> str:
             f"the worker on {host} computes by engine revision {ENGINE_REVISION}, and the run asks for {task.recipe.engine}",
             "install the same proteus_pipeline there",
         )
-    lease = Path(task.cache, task.lease)
+    lease = Path(task.places.cache, task.lease)
     _wait_for(
         lease,
-        f"the worker on {host} does not see this run's cache, {task.cache}",
+        f"the worker on {host} does not see this run's cache, {task.places.cache}",
         "set cache.path to a folder that all nodes share, by the same name",
     )
     if seems_free(lease):
         raise StorageError(
-            f"locks in {task.cache} do not reach from the run's node to {host}: each would take the other's runs for dead",
+            f"locks in {task.places.cache} do not reach from the run's node to {host}: each would take the other's runs for dead",
             "mount it with flock (Lustre, not localflock) or without local_lock (NFS)",
         )
     _wait_for(

@@ -58,6 +58,11 @@ class DistantVisible(Visible):
         else:
             self._told = False
 
+    @property
+    def left_out(self) -> bool:
+        """Whether it could not be asked at the last `refresh`."""
+        return self._told
+
     def _load(self, names: set[str]) -> bool:
         self._tier.bring(sorted(names - self._loaded.keys()))
         return super()._load(names)

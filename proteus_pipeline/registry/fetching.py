@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-from proteus_pipeline.registry.git import Git, GitError
+from proteus_pipeline.registry.git import Git, GitError, anonymous
 from proteus_pipeline.registry.shared import REMOTE_VARIABLE, group_remote
 
 _TIMEOUT_S = 15.0
 
 
 def offered(git: Git, tag: str) -> Iterator[tuple[str, str]]:
-    """Yield each remote that has a tag, and the tag's object, which is here then though nothing names it.
+    """Yield each remote that has a tag, as it may be shown, and the tag's object, which is here then though nothing names it.
 
     A remote that can't be reached is passed over: registries are used offline too.
     """
@@ -25,7 +25,7 @@ def offered(git: Git, tag: str) -> Iterator[tuple[str, str]]:
             continue
         finally:
             git.try_run("update-ref", "-d", incoming)
-        yield remote, oid
+        yield anonymous(remote), oid
 
 
 def fetch_events(git: Git, name: str) -> list[str]:
@@ -37,7 +37,7 @@ def fetch_events(git: Git, name: str) -> list[str]:
         try:
             git.run("fetch", "--quiet", "--no-tags", remote, *patterns, timeout_s=_TIMEOUT_S)
         except GitError as error:
-            failures.append(f"{remote}: {error.what}")
+            failures.append(f"{anonymous(remote)}: {error.what}")
     return failures
 
 

@@ -20,6 +20,7 @@ from proteus_pipeline.errors import ConfigError, ProteusError, StorageError
 from proteus_pipeline.models.architecture import resolve_layer
 from proteus_pipeline.models.device import device_class, matmul_rate, resolve_device
 from proteus_pipeline.models.pooling import POOLINGS
+from proteus_pipeline.registry.bucket import URL_VARIABLE
 from proteus_pipeline.registry.weights import remote_settings
 from proteus_pipeline.sequences.fasta import Record
 from proteus_pipeline.stages.adhoc import composed_of
@@ -29,6 +30,7 @@ from proteus_pipeline.stages.notes import note
 from proteus_pipeline.stages.project import CANDIDATE, COMPOSED, MANIFEST, Project
 from proteus_pipeline.stores.files import storage_error
 from proteus_pipeline.stores.places import check_location, scheme_of
+from proteus_pipeline.stores.s3_access import parse_url
 
 if TYPE_CHECKING:
     from proteus_pipeline.embeddings.checking import Audited
@@ -40,6 +42,9 @@ if TYPE_CHECKING:
 _SHARE_OF_PRODUCTS = 0.5
 # Beside what DVC keeps in its remote.
 _IN_REMOTE = "embeddings"
+_S3_FORM = (
+    "write s3://BUCKET/PREFIX, of letters, digits, - _ . and single /, and the key in AWS_ACCESS_KEY_ID or a profile"
+)
 
 
 @dataclass(frozen=True)
@@ -353,7 +358,13 @@ def other_cache(project: Project, cache: EmbeddingCache, location: str | None) -
         When its URL can't be used.
 
     """
-    location = location or os.environ.get("PROTEUS_S3_URL") or None
+    if not location and (url := os.environ.get(URL_VARIABLE)):
+        try:
+            parse_url(url)
+        except ConfigError:
+            # Not quoted: it may hold a key.
+            raise ConfigError(f"{URL_VARIABLE}: it is no S3 URL that can be used", _S3_FORM) from None
+        return url
     if location:
         check_location(location)
         return location if scheme_of(location) else Path(location).expanduser()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from proteus_pipeline.embeddings.computing import Progress
@@ -11,7 +10,7 @@ from proteus_pipeline.embeddings.dask_engine import DaskEngine
 from proteus_pipeline.embeddings.embedder import Outcome, embed_by
 from proteus_pipeline.embeddings.engine import Engine, LocalEngine
 from proteus_pipeline.embeddings.manifest import listed, write_manifest
-from proteus_pipeline.embeddings.shard_task import Weights
+from proteus_pipeline.embeddings.shard_task import Places, Weights
 from proteus_pipeline.errors import IntegrityError
 from proteus_pipeline.models.device import attested, device_class, on_gpu, resolve_device
 from proteus_pipeline.sequences.fasta import Record, read_fasta
@@ -86,11 +85,18 @@ def engine_of(project: Project, composed: dict[str, Any], stage: str, records: S
             lambda: attested(resolve_device(runtime["device"])),
             runtime["tokens_per_batch"],
         )
-    shared, same_class = composed["cache"]["shared"], composed["cache"]["accept"] == "same_class"
+    cache, same_class = composed["cache"], composed["cache"]["accept"] == "same_class"
+    shared = str(project.place(cache["shared"])) if cache["shared"] else None
     return DaskEngine(
         cluster_options(project, composed["cluster"]),
         lambda: _weights(project, composed, stage),
-        (project.cache(composed).path.absolute(), (project.home / Path(shared).expanduser()) if shared else None),
+        Places(
+            str(project.cache(composed).path.absolute()),
+            shared,
+            cache["local_bytes"],
+            cache["write_back"],
+            cache.get("redis"),
+        ),
         lambda: device_class(resolve_device(runtime["device"])) if same_class else "",
         project.home / CLUSTER,
         {r.sequence: r.id for r in reversed(records)},
@@ -160,7 +166,8 @@ def summary(outcome: Outcome) -> dict[str, Any]:
     fields = ("sequences", "unique", "hits", "derived", "computed", "tokens", "from_redis")
     seconds = ("seconds", "saved_seconds", "saved_gpu_seconds")
     counts = {field: getattr(outcome, field) for field in fields}
-    counts |= {field: round(getattr(outcome, field), 3) for field in seconds} | {"misses": outcome.misses}
+    counts |= {field: round(getattr(outcome, field), 3) for field in seconds}
+    counts |= {"misses": outcome.misses, "other_classes": outcome.other_classes}
     return counts | ({"workers": outcome.workers} if outcome.workers else {})
 
 

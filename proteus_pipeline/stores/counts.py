@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -28,6 +29,8 @@ _PATIENCE, _FIRST_PAUSE, _LONGEST_PAUSE = 5.0, 0.0002, 0.005
 # Not through a link, which a clone may bring, and not into a pipe that nobody reads.
 _APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 _counting: Callable[[], Path] | None = None
+_collected: list[dict[Series, float]] = []
+_collecting = threading.Lock()  # several threads of a worker count
 
 
 class CountsFile:
@@ -133,6 +136,27 @@ def counting(folder: Callable[[], Path]) -> Iterator[None]:
         _counting = before
 
 
+@contextmanager
+def collecting() -> Iterator[dict[Series, float]]:
+    """Have what this process counts collected in a mapping, until the body ends: another process is to `add` it to its own."""
+    mine: dict[Series, float] = {}
+    with _collecting:
+        _collected.append(mine)
+    try:
+        yield mine
+    finally:
+        # Whichever ends first, where two threads collect: what both count is in the mapping of either.
+        with _collecting:
+            _collected[:] = [other for other in _collected if other is not mine]
+
+
+def add(collected: Mapping[Series, float]) -> None:
+    """Count what another process collected, where this process has its counts kept, as `count` does."""
+    if collected and _counting is not None:
+        with suppress(OSError):
+            CountsFile(_counting()).add(collected)
+
+
 def announcement() -> Announcement | None:
     """Return where this process says what it holds, if it has its counts kept."""
     with suppress(OSError):
@@ -153,6 +177,10 @@ def count(name: str, value: float = 1, **labels: str) -> None:
         All that the metric has.
 
     """
+    with _collecting:
+        if _collected:
+            for series, increment in increments(name, value, labels).items():
+                _collected[-1][series] = _collected[-1].get(series, 0) + increment
+            return
     if _counting is not None:
-        with suppress(OSError):
-            CountsFile(_counting()).add(increments(name, value, labels))
+        add(increments(name, value, labels))

@@ -40,6 +40,20 @@ _UNFINISHED_SECONDS = 3600.0
 _DIGEST_DIGITS = 32
 
 
+class _Sent:
+    """A file on its way to a store far away, as `ReadThrough` asks that."""
+
+    def __init__(self, tier: ReadThrough, file: Unfinished) -> None:
+        self._tier, self._file = tier, file
+        self.path = file.path
+
+    def publish(self) -> None:
+        self._tier.ask(self._file.publish, writing=True)
+
+    def discard(self) -> None:
+        self._file.discard()
+
+
 class ReadThrough:
     """A store far away, with a tier of its files here.
 
@@ -60,27 +74,44 @@ class ReadThrough:
         self._folder, self._max_bytes = folder, max_bytes
         self._failed: StorageError | None = None
         self._again = 0.0
+        # Of writing alone: who may not write there may read, and a hung upload takes longer than a read.
+        self._unwritten: tuple[StorageError, float] | None = None
         self._listed: dict[str, dict[str, tuple[int, str]]] = {}
         self._ahead: dict[_Range, tuple[Future[memoryview], int]] = {}
         self._lock = threading.Lock()
         self._told = False
 
-    def _ask(self, request: Callable[[], T]) -> T:
+    def ask(self, request: Callable[[], T], *, writing: bool = False) -> T:
         """Return what a request gives; where the last one failed, ask nobody until some time has passed."""
-        if self._failed and time.monotonic() < self._again:
-            raise self._failed
+        self._leave_alone(writing=writing)
         try:
             answer = request()
         except IntegrityError:
             raise
         except StorageError as error:
-            self._failed, self._again = error, time.monotonic() + LEFT_ALONE_SECONDS
+            again = time.monotonic() + LEFT_ALONE_SECONDS
+            if writing:
+                self._unwritten = error, again
+            else:
+                self._failed, self._again = error, again
             raise
-        self._failed = None
+        if writing:
+            self._unwritten = None
+        else:
+            self._failed = None
         return answer
 
+    def _leave_alone(self, *, writing: bool) -> None:
+        """Raise what a request raised a moment ago; writing is left alone after reading failed, too."""
+        now, failed, unwritten = time.monotonic(), self._failed, self._unwritten
+        if not (failed and now < self._again):
+            failed = unwritten[0] if writing and unwritten and now < unwritten[1] else None
+        if failed:
+            # Said anew: an error that is raised again and again keeps what each who raised it had in hand.
+            raise StorageError(failed.what, failed.remedy)
+
     def names(self, folder: str) -> set[str]:
-        listed = self._ask(partial(self.far.sizes, folder))
+        listed = self.ask(partial(self.far.sizes, folder))
         self._listed[folder] = listed
         return set(listed)
 
@@ -92,7 +123,7 @@ class ReadThrough:
         return isinstance(since, float) and self._failed is None and time.monotonic() - since < BELIEVED_SECONDS
 
     def size(self, name: str) -> int:
-        return self._ask(partial(self.far.size, name))
+        return self.ask(partial(self.far.size, name))
 
     def read(self, name: str, offset: int = 0, nbytes: int | None = None) -> bytes:
         if nbytes is not None:
@@ -100,11 +131,11 @@ class ReadThrough:
                 coming = self._ahead.pop((name, offset, nbytes), None)
             if coming is not None:
                 future, at = coming
-                return bytes(self._ask(future.result)[at : at + nbytes])
-        return self._ask(partial(self.far.read, name, offset, nbytes))
+                return bytes(self.ask(future.result)[at : at + nbytes])
+        return self.ask(partial(self.far.read, name, offset, nbytes))
 
     def read_many(self, name: str, offsets: list[int], buffers: list[memoryview]) -> list[bool]:
-        return self._ask(partial(self.far.read_many, name, offsets, buffers))
+        return self.ask(partial(self.far.read_many, name, offsets, buffers))
 
     def read_ahead(self, wanted: Sequence[_Range]) -> None:
         """Begin to read ranges that `read` will be asked for, by few requests; their errors are `read`'s."""
@@ -134,7 +165,7 @@ class ReadThrough:
             return
         missing = [name for name in names if self._kept(name) is None]
         with suppress(FileNotFoundError):  # merged meanwhile
-            self._ask(lambda: self.far.together([partial(self._bring, name) for name in missing]))
+            self.ask(lambda: self.far.together([partial(self._bring, name) for name in missing]))
 
     def map(self, name: str) -> memoryview | mmap.mmap:
         path = self._kept(name)
@@ -145,7 +176,7 @@ class ReadThrough:
                     os.utime(path)
                     return mapped
                 path.unlink(missing_ok=True)  # damaged here: it is fetched again
-        path = self._ask(partial(self._bring, name))
+        path = self.ask(partial(self._bring, name))
         return LocalStore(path.parent.parent).map(f"{path.parent.name}/{path.name}")
 
     def _stem(self, name: str) -> str:
@@ -210,10 +241,11 @@ class ReadThrough:
         """Do nothing: what is far away is asked for when it is needed."""
 
     def begin(self, name: str) -> Unfinished:
-        return self.far.begin(name)
+        self._leave_alone(writing=True)
+        return _Sent(self, self.far.begin(name))
 
     def write(self, name: str, data: bytes) -> None:
-        self._ask(partial(self.far.write, name, data))
+        self.ask(partial(self.far.write, name, data), writing=True)
 
     def remove(self, name: str) -> None:
-        self._ask(partial(self.far.remove, name))
+        self.ask(partial(self.far.remove, name), writing=True)

@@ -247,7 +247,11 @@ class S3Store:
         return coming
 
     def _span(self, name: str, start: int, end: int) -> memoryview:
-        parts = [self._part(name, at, min(PART_BYTES, end - at)) for at in range(start, end, PART_BYTES)]
+        parts: list[bytes] = []
+        for at in range(start, end, PART_BYTES):
+            parts.append(self._part(name, at, min(PART_BYTES, end - at)))
+            if len(parts[-1]) < PART_BYTES:
+                break  # the file ends here, though a damaged index may ask for terabytes
         return memoryview(parts[0] if len(parts) == 1 else b"".join(parts))
 
     def map(self, name: str) -> memoryview:

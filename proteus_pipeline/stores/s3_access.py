@@ -21,6 +21,11 @@ _URL = re.compile(r"s3://(?P<bucket>[A-Za-z0-9][A-Za-z0-9._-]{1,61}[A-Za-z0-9])(
 _PREFIX = re.compile(r"[^\x00-\x20\x7f%#?*\\\"<>^`{|}~\[\]]+")
 _CODE = re.compile(r"<Code>([A-Za-z0-9.]{1,64})</Code>")
 _STATUS = re.compile(r"status code: (\d{3}(?: [A-Z][A-Za-z]+)*)")
+# What a server says of a key: where it lists, obstore keeps no more of its answer than this.
+_REFUSALS = (
+    "403", "401", "AccessDenied", "SignatureDoesNotMatch", "InvalidAccessKeyId", "ExpiredToken", "InvalidToken",
+    "AllAccessDisabled", "AccountProblem",
+)  # fmt: skip
 # How long obstore may use what botocore gave it before it asks again; botocore renews what is short-lived by itself.
 _CREDENTIALS_LAST = timedelta(minutes=5)
 _ENDPOINT = re.compile(r"https?://[A-Za-z0-9._~:@%\[\]-]+(/[A-Za-z0-9._~/-]*)?")
@@ -234,7 +239,7 @@ def failure(action: str, what: str, endpoint: str, error: Exception, patience: P
     where = f"cannot {action} {what}"
     if said == "NoSuchBucket":
         return StorageError(f"{where}: there is no such bucket at {endpoint}", "make it, or name another one")
-    if said.startswith(("403", "401")) or type(error).__name__ in {"PermissionDeniedError", "UnauthenticatedError"}:
+    if said.startswith(_REFUSALS) or type(error).__name__ in {"PermissionDeniedError", "UnauthenticatedError"}:
         return StorageError(
             f"{where}: {endpoint} refuses it ({said or 'access denied'})",
             "check the credentials (AWS_ACCESS_KEY_ID, AWS_PROFILE) and the bucket's policy",

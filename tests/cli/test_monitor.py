@@ -223,6 +223,7 @@ def test_outside_of_a_project_there_are_versions(tmp_path: Path, monkeypatch: py
         (["--serve", "x"], 2, "'x' is no port"),
         (["--serve", "٣"], 2, "is no port"),
         (["--serve", "9" * 5000], 2, "is no port"),
+        (["--serve", "00000099999"], 2, "'00000099999' is no port"),
         (["--serve="], 2, "'' is no port"),
         (["9750"], 2, "'9750' is no KEY=VALUE"),
         (["--textfile", "proteus.txt"], 2, "does not end in .prom"),

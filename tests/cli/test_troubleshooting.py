@@ -39,14 +39,15 @@ def sentences() -> set[str]:
 
 SENTENCES = sentences()
 COMMANDS = sorted(
-    {line.partition("#")[0].strip() for line in blocks("sh")} | set(re.findall(r"`(proteus [^`]+|dvc [^`]+)`", PAGE))
+    {line.partition("#")[0].strip() for line in blocks("console")}
+    | set(re.findall(r"`(proteus [^`]+|dvc [^`]+)`", PAGE))
 )
 
 
 def test_each_issue_has_symptom_cause_and_commands():
     for title in LISTED:
         section = PAGE.partition(f"### {title}\n")[2].partition("\n### ")[0].partition("\n## ")[0]
-        assert "```text\n" in section and "**Cause.**" in section and "```sh\n" in section, title
+        assert "```text\n" in section and "**Cause.**" in section and "```console\n" in section, title
 
 
 @pytest.mark.parametrize("line", blocks("text"))

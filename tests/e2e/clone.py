@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import yaml
 from conftest import ROOT
+
+from proteus_pipeline.cli.main import main
 
 AUTHOR = ("-c", "user.name=A User", "-c", "user.email=user@example.org")
 
@@ -99,3 +103,12 @@ class Clone:
     def out(self, stage: str, path: str) -> str:
         """An output's md5 in dvc.lock."""
         return next(o["md5"] for o in self.lock()[stage]["outs"] if o["path"] == path)
+
+
+def said(*command: str, code: int = 0) -> tuple[str, str]:
+    """Run proteus in this process, which has torch already; return what it prints and what it complains of."""
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        found = main(list(command))
+    assert found == code, f"{command} gave {found}, not {code}: {out.getvalue()}{err.getvalue()}"
+    return out.getvalue(), err.getvalue()

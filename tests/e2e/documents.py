@@ -11,7 +11,7 @@ from conftest import ROOT
 RUN = {"sh", "python"}
 PRINTS = 'text title="prints"'
 """What the commands above the block print, or the parts of it that are worth a reader's time."""
-SHOWN = {"text", "console", "yaml", "json", "ini", "promql", '{.python title="examples/serve.py"}'}
+SHOWN = {"text", "console", "bash", "yaml", "json", "ini", "promql", '{.python title="examples/serve.py"}'}
 """What stands in a block and is not run: output, what needs a cluster or another machine, a file that has tests of its own."""
 _FENCE = re.compile(r"^( *)```([^\n]*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
 from collections.abc import Iterator
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from clone import Clone
+from clone import Clone, said
 from redis_server import RedisServer, redis_server
 
-from proteus_pipeline.cli.main import main
 from proteus_pipeline.models.device import device_class
 from proteus_pipeline.stages import importing
 
@@ -40,15 +37,6 @@ def as_filled(clone: Clone, monkeypatch: pytest.MonkeyPatch):
     shutil.rmtree(clone.root / ".proteus/cache")
     shutil.copytree(clone.root.parent / "cache", clone.root / ".proteus/cache")
     clone.reset()
-
-
-def said(*command: str, code: int = 0) -> tuple[str, str]:
-    """Run proteus in this process, which has torch already; return what it prints and what it complains of."""
-    out, err = io.StringIO(), io.StringIO()
-    with redirect_stdout(out), redirect_stderr(err):
-        found = main(list(command))
-    assert found == code, f"{command} gave {found}, not {code}: {out.getvalue()}{err.getvalue()}"
-    return out.getvalue(), err.getvalue()
 
 
 def cache(*args: str, code: int = 0) -> Any:
@@ -156,7 +144,7 @@ def test_repair_pulls_from_another_cache_where_one_is_named(clone: Clone):
     assert cache("plan")["hits"] == 10
     assert cache("pull", "../copy", "--model", MODEL)["there"] == 1
     assert "is one word too many" in said("cache", "pull", "one", "two", code=2)[1]
-    assert "CACHE is missing" in said("cache", "pull", code=2)[1]
+    assert "no other cache is named; name a folder" in said("cache", "pull", code=1)[1]
 
 
 @pytest.mark.parametrize("nosuch", ["../nosuch", "conf"])

@@ -1,4 +1,7 @@
-"""The commands and the code of README and of the site run as they stand, a document at a time, in the order they stand in."""
+"""The commands and the code of README and of the site run as they stand, a document at a time, in the order they stand in.
+
+README's in `make test`; the site's, which take as long again, in `make docs`. CI runs both.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,11 @@ from documents import PRINTS, RUN, SHOWN, blocks, called, documents, told
 pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("documents")]
 # The reader in it has tests of its own: tests/embeddings/test_format_document.py.
 FORMAT = "docs/cache-format.md"
-RUNNING = [d for d in documents() if called(d) != FORMAT and {b.language for b in blocks(d)} & RUN]
+RUNNING = [
+    pytest.param(d, id=called(d), marks=[] if d.name == "README.md" else pytest.mark.documents)
+    for d in documents()
+    if called(d) != FORMAT and {b.language for b in blocks(d)} & RUN
+]
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +33,7 @@ def after_make_repro(tmp_path_factory: pytest.TempPathFactory, weights: Path) ->
     return clone
 
 
-@pytest.mark.parametrize("document", RUNNING, ids=called)
+@pytest.mark.parametrize("document", RUNNING)
 def test_the_commands_and_the_code_run(document: Path, after_make_repro: Clone, tmp_path: Path) -> None:
     shutil.copytree(after_make_repro.root, tmp_path / "a clone", symlinks=True)
     clone = Clone(tmp_path / "a clone", Path(after_make_repro.env["HOME"]))

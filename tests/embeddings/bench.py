@@ -12,7 +12,7 @@ from proteus_pipeline.embeddings.dask_engine import DaskEngine
 from proteus_pipeline.embeddings.embedder import Outcome, embed_by
 from proteus_pipeline.embeddings.index import key_strings
 from proteus_pipeline.embeddings.recipe import Recipe
-from proteus_pipeline.embeddings.shard_task import Weights
+from proteus_pipeline.embeddings.shard_task import Places, Weights
 
 RECIPE = Recipe(6)
 
@@ -39,17 +39,24 @@ class Bench:
 
     def __init__(self, path: Path, registry: Path, trunk: str, proteins: dict[str, str]) -> None:
         self.path, self.trunk, self.proteins = path, trunk, proteins
+        self.places = Places(str(path))
         self.weights = Weights(str(registry), "demo@v1.0.0", trunk, "cpu", None, None, 2048)
 
-    def run(self, options: ClusterOptions, told: Told | None = None, sequences: Sequence[str] = ()) -> Outcome:
+    def run(
+        self,
+        options: ClusterOptions,
+        told: Told | None = None,
+        sequences: Sequence[str] = (),
+        cache: EmbeddingCache | None = None,
+    ) -> Outcome:
         names = {s: name for name, s in self.proteins.items()}
-        engine = DaskEngine(options, lambda: self.weights, (self.path, None), str, self.path.parent / "logs", names)
+        engine = DaskEngine(options, lambda: self.weights, self.places, str, self.path.parent / "logs", names)
         return embed_by(
             engine,
             sequences or list(self.proteins.values()),
             trunk=self.trunk,
             recipe=RECIPE,
-            cache=EmbeddingCache(self.path),
+            cache=cache or EmbeddingCache(self.path),
             progress=told,
         )
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 import random
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import dask
 import distributed  # before dask.config.set, which would otherwise forget its settings again
@@ -18,6 +20,8 @@ import pytest
 from bench import RECIPE, Bench, Told
 from conftest import ROOT
 from dask_cluster import DaskCluster, certificates, dask_cluster
+from redis_server import redis_server
+from s3 import SECRET_KEY, S3Server
 from slurm import Slurm, missing, slurm
 
 from proteus_pipeline import ModelInterface, ModelVersionManager
@@ -27,12 +31,16 @@ from proteus_pipeline.embeddings.cache import EmbeddingCache
 from proteus_pipeline.embeddings.cluster import ClusterOptions
 from proteus_pipeline.embeddings.embedder import embed
 from proteus_pipeline.embeddings.engine import Work
-from proteus_pipeline.embeddings.shard_task import Task, compute_shard
+from proteus_pipeline.embeddings.shard_task import Places, Task, compute_shard
+from proteus_pipeline.embeddings.usage import uses
 from proteus_pipeline.errors import ClusterError, ConfigError, IntegrityError, StorageError
+from proteus_pipeline.metrics.lines import by_name
 from proteus_pipeline.models.checkpoint import Checkpoint
 from proteus_pipeline.models.device import attested
 from proteus_pipeline.models.encoder import make_encoder
 from proteus_pipeline.sequences.fasta import read_fasta
+from proteus_pipeline.stores.counts import CountsFile, counting
+from proteus_pipeline.stores.redis import RedisClient
 
 pytestmark = pytest.mark.xdist_group("dask")  # one cluster at a time: each has processes of its own
 
@@ -115,6 +123,41 @@ def test_workers_give_the_bits_that_this_process_gives(
     assert again.entries == outcome.entries
     assert not worker_processes()
     assert capfd.readouterr() == ("", "")  # Dask itself says nothing
+
+
+def test_workers_offer_to_redis_write_back_to_a_bucket_and_count_as_this_process_does(
+    bench: Bench, alone: dict[str, str], s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """What opens Redis and the bucket is in the workers' environment, and in nothing that is sent to them."""
+    sent: list[bytes] = []
+    submit = distributed.Client.submit
+
+    def submitted(client: distributed.Client, *args: Any, **options: Any) -> Any:
+        sent.append(pickle.dumps(args))
+        return submit(client, *args, **options)
+
+    monkeypatch.setattr(distributed.Client, "submit", submitted)
+    shared = s3.url(f"dask/{tmp_path.name}")
+    with redis_server(tmp_path / "redis", ["--requirepass", "hunter2"]) as server:
+        url = server.url.replace("//", "//:hunter2@")
+        monkeypatch.setenv("PROTEUS_REDIS_URL", url)
+        bench.places = Places(str(bench.path), shared, write_back=True)
+        with counting(lambda: tmp_path / "metrics"):
+            here = EmbeddingCache(bench.path, shared=shared, redis=RedisClient(url))
+            outcome = bench.run(LOCAL, cache=here)
+        assert (outcome.computed, outcome.workers) == (len(alone), 2)
+        third = EmbeddingCache(tmp_path / "third", redis=RedisClient(url))
+        keys = {RECIPE.key(bench.trunk, s): s for s in bench.proteins.values()}
+        assert third.hot
+        run = third.hot.run(bench.trunk, RECIPE)
+        assert run and {v.key for v in run.fetch(keys, [])} == alone.keys()
+        assert {use.redis["put"] for use in uses(bench.path)} == {len(alone)}
+    assert sent and not any(secret in data for data in sent for secret in (b"hunter2", SECRET_KEY.encode()))
+    theirs = EmbeddingCache(tmp_path / "fourth", shared=shared)
+    assert {e.key: e.content for e, _ in theirs.find(alone)} == alone
+    counted = {name: value for name, _, value in by_name(CountsFile(tmp_path / "metrics").totals())}
+    assert counted["proteus_embedding_tokens_total"] == outcome.tokens
+    assert counted["proteus_embedding_compute_seconds_sum"] > 0
 
 
 @pytest.mark.torture
@@ -238,7 +281,7 @@ def test_who_has_no_certificate_gets_no_answer(bench: Bench, tmp_path: Path, mon
 def task(bench: Bench) -> Iterator[Task]:
     with EmbeddingCache(bench.path).hold() as lease:
         assert lease.name
-        yield Task(bench.weights, RECIPE, str(bench.path), None, lease.name, "")
+        yield Task(bench.weights, RECIPE, Places(str(bench.path)), lease.name, "")
 
 
 def shard(bench: Bench, number: int = 2) -> dict[str, str]:
@@ -283,7 +326,7 @@ def test_a_worker_with_another_folder_in_the_caches_place_computes_nothing(
     monkeypatch.setattr(shard_task, "_VISIBLE_S", 0.0)
     (tmp_path / "elsewhere").mkdir()
     with pytest.raises(StorageError, match=r"does not see this run's cache, .*elsewhere; set cache.path to a folder"):
-        compute_shard(replace(task, cache=str(tmp_path / "elsewhere")), shard(bench))
+        compute_shard(replace(task, places=Places(str(tmp_path / "elsewhere"))), shard(bench))
     gone = replace(task, weights=replace(task.weights, home=str(tmp_path / "nowhere")))
     with pytest.raises(StorageError, match=r"does not see .*nowhere; keep the project in a folder"):
         compute_shard(gone, shard(bench))
@@ -297,7 +340,7 @@ def test_a_worker_that_could_lock_the_runs_lease_computes_nothing(bench: Bench, 
         data = (other.path / lease.name).read_bytes()
     (other.path / lease.name).write_bytes(data)
     with pytest.raises(StorageError, match=r"do not reach from the run's node to .*; mount it with flock"):
-        compute_shard(replace(task, cache=str(other.path), lease=lease.name), shard(bench))
+        compute_shard(replace(task, places=Places(str(other.path)), lease=lease.name), shard(bench))
     assert (other.path / lease.name).read_bytes() == data
 
 

@@ -238,6 +238,10 @@ def test_entries_of_two_device_classes_stay_apart(lab: Lab, tmp_path: Path):
     lab.embed(source, tmp_path, device_class="cpu/other", sequences=10)
     got = lab.embed(wanted, tmp_path, sequences=10)
     assert got.derived == 10
+    # Both are others than this machine's, and said to be: of hits that were derived, and of those hits themselves.
+    assert got.other_classes == {"cpu/other": 6, THERE: 4}
+    again = lab.embed(wanted, tmp_path, sequences=10)
+    assert (again.hits, again.other_classes) == (10, got.other_classes)
     derived = [h for h in headers(tmp_path) if h.attestation.origin == "derived"]
     assert {h.attestation.device_class: h.entries for h in derived} == {THERE: 4, "cpu/other": 6}
 

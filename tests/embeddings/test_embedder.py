@@ -413,3 +413,21 @@ def test_weights_that_give_no_numbers_leave_nothing_in_the_cache(lab: Lab, real:
     with pytest.raises(ModelError, match="these weights give what is no number"):
         broken.embed(SEQUENCES)
     assert EmbeddingCache(lab.path).stats()["entries"] == 0
+
+
+def test_hits_are_served_where_the_device_that_is_asked_for_is_not_here(lab: Lab):
+    lab.embed(SEQUENCES)
+
+    def no_gpu() -> str:
+        raise ConfigError("runtime.device=cuda: torch sees 0 GPUs", "use runtime.device=cpu")
+
+    outcome = embed(
+        SEQUENCES,
+        trunk="f" * 32,
+        recipe=RECIPE,
+        cache=EmbeddingCache(lab.path, device_class=no_gpu),
+        encoder=lambda: pytest.fail("nothing is missing"),
+        attest=lambda: pytest.fail("nothing is missing"),
+    )
+    assert (outcome.hits, outcome.computed) == (len(SEQUENCES), 0)
+    assert outcome.other_classes == {"cpu/test": len(SEQUENCES)}

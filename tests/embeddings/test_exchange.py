@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from pathlib import Path
 
 import pytest
@@ -141,6 +142,40 @@ def test_what_was_invalidated_does_not_come_back_by_way_of_a_copy_that_was_writt
     assert serves(one, made) == 0
     one.push(tmp_path / "two")
     assert serves(two, made) == 0
+
+
+def test_what_the_target_has_invalidated_is_not_copied_again_and_again(tmp_path: Path):
+    made, newer = make(4), make(2, prefix="newer")
+    archive, mine = EmbeddingCache(tmp_path / "archive"), EmbeddingCache(tmp_path / "mine")
+    publish(archive, made)
+    mine.pull(tmp_path / "archive")
+    mine.invalidate(TRUNK, "a bug")
+    publish(archive, newer)
+    assert mine.pull(tmp_path / "archive", dry_run=True).entries == 2
+    assert [mine.pull(tmp_path / "archive").entries for _ in range(3)] == [2, 0, 0]
+    assert (serves(mine, made), serves(mine, newer)) == (0, 2)
+    assert len(list((tmp_path / "mine" / "seg").iterdir())) == 2
+
+
+def test_a_forged_size_does_not_hold_a_copy(tmp_path: Path):
+    hostile = EmbeddingCache(tmp_path / "hostile")
+    publish(hostile, make(3))
+    ((index, rows),) = (hostile.refresh(), hostile.visible.by_segment().values())[1]
+    forged = dataclasses.replace(index.segments[0], segment_bytes=1 << 60)
+    (path,) = (tmp_path / "hostile" / "index").iterdir()
+    path.write_bytes(encode_index([forged], index.keys(rows), index.records[rows]))
+    failed: list[str] = []
+
+    def pull() -> None:
+        try:
+            EmbeddingCache(tmp_path / "mine").pull(tmp_path / "hostile")
+        except IntegrityError as error:
+            failed.append(str(error))
+
+    pulling = threading.Thread(target=pull, daemon=True)
+    pulling.start()
+    pulling.join(20)
+    assert failed and "is not the file that was written" in failed[0]
 
 
 @pytest.mark.parametrize(

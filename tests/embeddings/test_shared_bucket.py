@@ -331,6 +331,24 @@ def test_a_run_goes_on_without_a_server_with_one_warning_and_with_it_again_later
     assert serves(EmbeddingCache(tmp_path / "new", shared=url), late) == 3
 
 
+def test_a_hung_server_costs_a_run_that_writes_back_one_wait(
+    between: Proxy, tmp_path: Path, quick: None, caplog: pytest.LogCaptureFixture
+):
+    """And not one for each segment: a run publishes them for hours."""
+    mine = EmbeddingCache(tmp_path / "mine", shared="s3://proteus/hung", write_back=True)
+    publish(mine, make(3, prefix="first"))
+    between.stalled = True
+    began = time.monotonic()
+    for n in range(6):
+        publish(mine, make(3, prefix=f"{n}"))
+    assert time.monotonic() - began < 2 * FAST.longest + 1
+    assert [r.getMessage().partition(":")[0] for r in caplog.records] == [
+        "new embeddings were kept here alone",
+        "the shared cache is left out",
+    ]
+    assert serves(mine, make(3, prefix="5")) == 3
+
+
 def test_connections_cut_in_mid_transfer_lose_nothing_and_serve_nothing_wrong(
     away: S3Server, between: Proxy, tmp_path: Path, quick: None
 ):

@@ -29,7 +29,7 @@ from proteus_pipeline.registry import bucket
 from proteus_pipeline.registry.hints import TRUSTED_S
 
 TORTURE = os.environ.get("PROTEUS_TORTURE") == "1"
-ROUNDS = 20 if TORTURE else 2
+ROUNDS = 20 if TORTURE else 1
 KILLS = 20 if TORTURE else 2
 RACERS, CLONES = 6, 3
 FORK = multiprocessing.get_context("fork")  # what a race or a kill is about is not the import of torch

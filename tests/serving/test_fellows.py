@@ -198,15 +198,22 @@ def test_what_can_not_be_looked_at_anew_is_an_error_until_it_can(
 
 
 def test_a_remote_that_can_not_be_reached_is_said_and_stops_nothing(
-    registry: ModelVersionManager, repository: Path, server: RedisServer, caplog: pytest.LogCaptureFixture
+    registry: ModelVersionManager,
+    repository: Path,
+    server: RedisServer,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ):
     git(repository, "remote", "add", "origin", str(repository / "nowhere"))
+    monkeypatch.setenv("PROTEUS_GIT_REMOTE", "https://ada:hunter2@127.0.0.1:1/group.git")
     cache = ModelCacheManager(distributed=True, version_manager=registry)
     cache.preload("m")
     ModelCacheManager(distributed=True, version_manager=registry).invalidate("m")
     after_a_while()
     assert cache.get_cached_model("m") is None
     assert "could not be fetched from origin" in caplog.text
+    assert "could not be fetched from https://127.0.0.1:1/group.git: " in caplog.text
+    assert "hunter2" not in caplog.text
 
 
 def test_one_process_loads_at_a_time_and_nobody_waits_for_a_dead_one(

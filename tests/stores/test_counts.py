@@ -18,7 +18,7 @@ import pytest
 from proteus_pipeline.errors import StorageError
 from proteus_pipeline.metrics.lines import increments, series
 from proteus_pipeline.stores import counts
-from proteus_pipeline.stores.counts import NAME, CountsFile, count, counting
+from proteus_pipeline.stores.counts import NAME, CountsFile, add, collecting, count, counting
 
 TOKENS = "proteus_embedding_tokens_total"
 KEY = series(TOKENS, {})
@@ -198,3 +198,26 @@ def test_a_process_counts_only_where_it_was_told_to(tmp_path: Path):
     count(TOKENS, 5)
     assert (total(tmp_path / "outer"), total(tmp_path / "inner")) == (6, 3)
     assert total(tmp_path / "never") == 0
+
+
+def test_what_is_collected_is_kept_by_who_adds_it(tmp_path: Path):
+    """As a cluster's worker counts, and the run that it works for keeps; two threads of one worker lose nothing."""
+    tokens = ("proteus_embedding_tokens_total", ())
+    with counting(lambda: tmp_path):
+        first, second = collecting(), collecting()
+        one = first.__enter__()
+        count("proteus_embedding_tokens_total", 1)
+        two = second.__enter__()
+        count("proteus_embedding_tokens_total", 2)
+        first.__exit__(None, None, None)
+        count("proteus_embedding_tokens_total", 4)
+        second.__exit__(None, None, None)
+        assert CountsFile(tmp_path).totals() == {}
+        assert (one, two) == ({tokens: 1}, {tokens: 6})
+        add(one)
+        add(two)
+        add({})
+        count("proteus_embedding_tokens_total", 8)
+    assert CountsFile(tmp_path).totals() == {tokens: 15}
+    add(one)  # nobody keeps it: nothing happens
+    assert CountsFile(tmp_path).totals() == {tokens: 15}

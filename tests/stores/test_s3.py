@@ -166,6 +166,17 @@ def test_an_upload_that_breaks_leaves_no_parts_and_no_object(s3: S3Server, url: 
         assert store.size("seg/a.zip") == 20 << 20
 
 
+def test_a_range_beyond_a_files_end_takes_no_request_for_each_part_of_it(url: str):
+    store = S3Store(url)
+    store.write("seg/a", b"0123456789")
+    wanted = ("seg/a", 4, 1 << 42)  # as a damaged index may ask for
+    ((future, at),) = store.begin_ranges([wanted]).values()
+    try:
+        assert bytes(future.result(timeout=20)[at : at + wanted[2]]) == b"456789"
+    finally:
+        store.remove("seg/a")  # and who asked on would now be told that it is gone
+
+
 def test_a_forked_process_is_told_so_and_does_not_hang(url: str):
     store = S3Store(url)
     store.write("seg/a", b"a")
