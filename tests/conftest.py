@@ -42,6 +42,8 @@ def isolated(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monke
     )
     for name in (*gone, "XDG_CONFIG_DIRS", "GIT_DIR", "GIT_INDEX_FILE"):
         monkeypatch.delenv(name, raising=False)
+    for name in ("PROTEUS_QUIET", "PROTEUS_VERBOSE"):
+        monkeypatch.setenv(name, "")  # a command within a test sets them; this takes them back
     for name in [n for n in os.environ if n.startswith(("AWS_", "GIT_AUTHOR_", "GIT_COMMITTER_"))]:
         monkeypatch.delenv(name)
 

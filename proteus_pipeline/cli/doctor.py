@@ -23,7 +23,8 @@ def add_to(verbs: Any) -> None:
 def _run(args: argparse.Namespace) -> int:
     from proteus_pipeline.cli.terminal import painted
     from proteus_pipeline.cli.verbs import plain, print_json, shown
-    from proteus_pipeline.stages.diagnosis import FAIL, OK, examine
+    from proteus_pipeline.stages.diagnosis import examine
+    from proteus_pipeline.stages.looking import FAIL, OK
 
     checks = []
     for check in examine():

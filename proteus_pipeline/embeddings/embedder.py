@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from proteus_pipeline.models.encoder import Encoder
     from proteus_pipeline.serving.interface import ModelInterface
 
-# Another run may evict what was just made; who is told so often has too little room.
+# Another run may evict what was just made: it is made again so often.
 _ATTEMPTS = 3
 
 
@@ -174,11 +174,7 @@ def embed_by(
         tokens = sum(tokens_of(spans_of(s, recipe)) for s in missing.values())
         why = explain_missing(cache, missing, trunk, recipe)
         work = Work(trunk, recipe, cache, missing, tokens, lease, progress, len(by_key), len(read), hot)
-        if missing:
-            computing = engine.compute(work)
-        else:
-            work.start()
-            computing = Done({}, 0)
+        computing = _compute(engine, work)
         done |= computing.entries
         computed = computing.computed
         # What another run computed while this one was at work is a hit.
@@ -206,6 +202,14 @@ def embed_by(
         explained=tuple(why),
         other_classes=_of_others(cache, read),
     )
+
+
+def _compute(engine: Engine, work: Work) -> Done:
+    """Compute what is missing; where nothing is, the engine is not asked."""
+    if work.missing:
+        return engine.compute(work)
+    work.start()
+    return Done({}, 0)
 
 
 def _of_others(cache: EmbeddingCache, read: Sequence[Entry]) -> dict[str, int]:

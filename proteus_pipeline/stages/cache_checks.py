@@ -13,7 +13,7 @@ from pathlib import Path
 from proteus_pipeline.embeddings.housekeeping import visible_entries
 from proteus_pipeline.embeddings.leases import FOLDER
 from proteus_pipeline.errors import StorageError
-from proteus_pipeline.stages.diagnosis import FAIL, OK, WARN, Check, Here, Look
+from proteus_pipeline.stages.looking import FAIL, OK, WARN, Check, Here, Look
 
 _LITTLE = 2 * 10**9
 _REPAIR = "proteus cache verify --repair"

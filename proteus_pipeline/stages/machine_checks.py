@@ -13,7 +13,7 @@ from pathlib import Path
 
 from proteus_pipeline.models.architecture import Architecture
 from proteus_pipeline.registry.git import Git
-from proteus_pipeline.stages.diagnosis import FAIL, OK, WARN, Check, Here, Look
+from proteus_pipeline.stages.looking import FAIL, OK, WARN, Check, Here, Look
 from proteus_pipeline.stages.project import installed
 
 _PYTHON, _GIT = (3, 11), (2, 30)

@@ -16,7 +16,7 @@ from proteus_pipeline.registry.pointers import Pointer, pointer_at
 from proteus_pipeline.registry.refs import LEDGER
 from proteus_pipeline.registry.weights import DvcCache, dvc_configurations, remote_names
 from proteus_pipeline.stages.compose import LOCK, check_cache_folders
-from proteus_pipeline.stages.diagnosis import FAIL, OK, WARN, Check, Here, Look
+from proteus_pipeline.stages.looking import FAIL, OK, WARN, Check, Here, Look
 from proteus_pipeline.stages.pipeline import floating_references
 from proteus_pipeline.stages.project import STAGES
 from proteus_pipeline.stages.template import VERSION_KEY, pipeline, template_folder

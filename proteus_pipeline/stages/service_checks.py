@@ -10,7 +10,7 @@ from urllib.parse import SplitResult, urlsplit
 from proteus_pipeline.errors import ConfigError
 from proteus_pipeline.models.mirrors import MIRROR
 from proteus_pipeline.registry.weights import dvc_configurations
-from proteus_pipeline.stages.diagnosis import FAIL, OK, WARN, Check, Here, Look
+from proteus_pipeline.stages.looking import FAIL, OK, WARN, Check, Here, Look
 from proteus_pipeline.stores.redis_url import VARIABLE, given_url, parse_url
 
 _PATIENCE_S = 3.0

@@ -17,7 +17,8 @@ from proteus_pipeline import ModelInterface, ModelVersionManager
 from proteus_pipeline.cli.main import main
 from proteus_pipeline.registry.lock import Locked, write_lock
 from proteus_pipeline.stages import cache_checks, machine_checks, project_checks, service_checks
-from proteus_pipeline.stages.diagnosis import Check, Here, guarded
+from proteus_pipeline.stages.diagnosis import guarded
+from proteus_pipeline.stages.looking import Check, Here
 from proteus_pipeline.stages.new_project import create
 
 PARTS = (machine_checks, project_checks, cache_checks, service_checks)
