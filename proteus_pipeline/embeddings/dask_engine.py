@@ -35,6 +35,8 @@ ATTEMPTS = 3
 _LOOK_S, _MEND_S = 1.0, 30.0
 # How long what another node published may take to show here: beyond this, it went to another folder.
 _VISIBLE_S = 120.0
+# How long a scheduler may be silent: Dask waits for ever for one that was stopped.
+_SILENT_S = 60.0
 _FEW = 5
 _log = logging.getLogger(__name__)
 
@@ -155,8 +157,9 @@ class _Run:
                 self._take(future, self._flying.pop(future))
 
     def _count_workers(self) -> int:
+        client = self._cluster.client
         try:
-            workers = len(self._cluster.client.nthreads())
+            workers = len(client.sync(client.scheduler.ncores, callback_timeout=_SILENT_S))
         except (OSError, TimeoutError, CancelledError, RuntimeError) as error:
             raise self._gone() from error
         now = time.monotonic()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -31,11 +30,11 @@ from proteus_pipeline.registry.shared import REMOTE_VARIABLE, SharedGit, group_r
 from proteus_pipeline.registry.supply import send
 from proteus_pipeline.registry.version import ModelVersion
 from proteus_pipeline.registry.versions import MAX_VERSIONS, ModelVersionManager
+from proteus_pipeline.stores.redis_url import VARIABLE, given_url
 
 if TYPE_CHECKING:
     from proteus_pipeline.models.checkpoint import Checkpoint
 
-REDIS_VARIABLE = "PROTEUS_REDIS_URL"
 P = ParamSpec("P")
 R = TypeVar("R")
 _log = logging.getLogger(__name__)
@@ -248,10 +247,10 @@ class DistributedVersionManager(ModelVersionManager):
 
 def _hints(url: str | None, group: str) -> Hints | None:
     """Return a Redis's hints; without one, versions are the same, and each look-up is a look at the git remote."""
-    if not (url := url or os.environ.get(REDIS_VARIABLE)):
+    if not (url := given_url(url)):
         _log.warning(
             "no Redis is named (redis_url, %s): each look-up asks the git remote; cache_backend=None says so too",
-            REDIS_VARIABLE,
+            VARIABLE,
         )
         return None
     from proteus_pipeline.stores.redis import RedisClient

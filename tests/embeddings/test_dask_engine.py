@@ -7,6 +7,7 @@ import logging
 import os
 import pickle
 import random
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -258,6 +259,21 @@ def test_the_scheduler_is_killed_and_the_next_run_goes_on(bench: Bench, alone: d
     assert outcome.hits >= len(before)
     assert 1 <= outcome.workers <= len(cluster.workers)
     check_all_there_none_twice(bench, alone)
+
+
+def test_a_scheduler_that_hangs_ends_the_run(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(dask_engine, "_SILENT_S", 3.0, raising=False)
+    with dask_cluster(tmp_path / "dask", 1) as cluster:
+        # A stopped one resumes, so that a run which waits for it fails here, and does not hang.
+        resuming = threading.Timer(60, cluster.scheduler.resume)
+        resuming.start()
+        try:
+            with pytest.raises(ClusterError, match=f"scheduler of {cluster.address} is gone"):
+                bench.run(given(cluster), Told(1, cluster.scheduler.pause))
+        finally:
+            resuming.cancel()
+            cluster.scheduler.resume()
+    assert bench.stored()
 
 
 def test_who_has_no_certificate_gets_no_answer(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
