@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,7 @@ def _run(args: argparse.Namespace) -> int:
 
     module = importlib.import_module(f"proteus_pipeline.stages.{args.name}")
     project = Project.find()
+    started = time.perf_counter()
     if args.name == "compose":
         module.run(project, DownloadProgress("fetching weights"))
     elif args.name in {"embed", "compare"}:
@@ -43,6 +45,7 @@ def _run(args: argparse.Namespace) -> int:
             print(told(outcome))
     else:
         module.run(project)
+    project.record_time(args.name, time.perf_counter() - started)
     return 0
 
 

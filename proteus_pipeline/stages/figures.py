@@ -26,6 +26,8 @@ MAX_CLASSES = 20
 # More would be slow to draw as SVG; WebGL is missing on many a remote desktop, and needs eval.
 MAX_POINTS = 4000
 BINS = 30
+# A contact map's height in pixels where there is room; the page makes it less where it is narrow.
+SQUARE = 560
 IN_BARS = {"accuracy", "balanced_accuracy", "macro_f1", "mcc", "r2", "spearman"}
 Drawn = TypeVar("Drawn")
 
@@ -96,7 +98,9 @@ def fit(predictions: Sequence[Prediction]) -> dict[str, Any]:
     }
 
 
-def embedding_map(points: Sequence[Point], answers: Mapping[str, str], task: str | None) -> dict[str, Any]:
+def embedding_map(
+    points: Sequence[Point], answers: Mapping[str, str], task: str | None, variance: Sequence[float] = ()
+) -> dict[str, Any]:
     """Return the proteins' places, coloured by label; pointing at one says its id, label and prediction.
 
     Parameters
@@ -107,8 +111,11 @@ def embedding_map(points: Sequence[Point], answers: Mapping[str, str], task: str
         What the probe predicted, by id.
     task
         The probe's; None where there was none.
+    variance
+        The share of all variance along either axis; none where that is not known.
 
     """
+    shares = [f" ({share:.0%} of the variance)" for share in variance] or ["", ""]
     drawn = thinned(points)
     known = [point for point in drawn if point.label]
     unknown = [point for point in drawn if not point.label]
@@ -139,8 +146,8 @@ def embedding_map(points: Sequence[Point], answers: Mapping[str, str], task: str
         "layout": {
             "height": 520 + 8 * len(traces),  # the legend grows below
             "showlegend": len(traces) > 1,
-            "xaxis": {"title": {"text": "First principal component"}},
-            "yaxis": {"title": {"text": "Second principal component"}, "scaleanchor": "x"},
+            "xaxis": {"title": {"text": f"PC1{shares[0]}"}},
+            "yaxis": {"title": {"text": f"PC2{shares[1]}"}, "scaleanchor": "x"},
         },
     }
 
@@ -195,7 +202,7 @@ def drift_bars(drifts: Sequence[Drift]) -> dict[str, Any] | None:
 def contact_map(one: ContactMap) -> dict[str, Any]:
     """Return a protein's contact map. ``meta`` holds the pairs: the page makes the square of them, most of which is empty."""
     ends = [0.5, len(one.sequence) + 0.5]
-    axis = {"range": ends, "constrain": "domain", "title": {"text": "Residue"}, "showgrid": False}
+    axis = {"range": ends, "constrain": "domain", "title": {"text": "Residue"}, "showgrid": False, "mirror": True}
     return {
         "data": [
             {
@@ -205,11 +212,13 @@ def contact_map(one: ContactMap) -> dict[str, Any]:
                 "hoverinfo": "text",
                 "hoverongaps": False,
                 "meta": {"sequence": one.sequence, "pairs": [list(pair) for pair in one.pairs]},
-                "colorbar": {"title": {"text": "Probability", "side": "right"}, "thickness": 10, "outlinewidth": 0},
+                # Below, where it takes no width from the square.
+                "colorbar": {"title": {"text": "Probability", "side": "bottom"}, "thickness": 10, "outlinewidth": 0}
+                | {"orientation": "h", "x": 0.5, "y": 0, "yref": "container", "yanchor": "bottom", "len": 0.7},
             }
         ],
         "layout": {
-            "height": 460,
+            "height": SQUARE,
             "xaxis": axis,
             "yaxis": axis | {"range": ends[::-1], "scaleanchor": "x"},
         },

@@ -2,7 +2,7 @@
 (() => {
   const root = document.documentElement;
   const own = new Set(["light", "dark"]);
-  const media = matchMedia("(prefers-color-scheme: dark)");
+  const media = matchMedia("(prefers-color-scheme: dark)"), coarse = matchMedia("(pointer: coarse)");
 
   // Themes: the reader's system decides until the button does. A colour is asked of an element, since a variable's
   // value would be its text.
@@ -104,15 +104,25 @@
     const t = Object.fromEntries(["ink", "muted", "rule", "paper", "low", "high"].map(name => [name, colour(name)]));
     const font = { family: getComputedStyle(document.body).fontFamily, size: 13, color: t.ink };
     const { data, layout } = figure(plot);
+    const [first] = data;
+    if (first.type === "heatmap") {
+      // As high as leaves the map square, with its axis and the scale below it.
+      layout.height = Math.min(layout.height, (width || plot.clientWidth) + 84);
+      plot.style.minHeight = `${layout.height}px`;
+    }
     plot.dataset.drawn = "";
     Plotly.react(plot, data.map(trace => dressed(trace, t)), {
       autosize: !width, ...(width && { width }), paper_bgcolor: t.paper, plot_bgcolor: t.paper, font,
       margin: { l: 48, r: 16, t: 32, b: 48 }, legend: { orientation: "h", x: 0, yref: "container", y: 0, yanchor: "bottom" },
       hoverlabel: { bgcolor: t.paper, bordercolor: t.muted, font, align: "left" }, modebar: { color: t.muted, activecolor: t.ink, bgcolor: t.paper },
-      ...layout, xaxis: axis(layout.xaxis, t), yaxis: axis(layout.yaxis, t),
+      // A finger that passes over a figure scrolls the page.
+      dragmode: coarse.matches ? false : "zoom", ...layout, xaxis: axis(layout.xaxis, t), yaxis: axis(layout.yaxis, t),
     }, {
       // plotly.js 4 would offer to upload the figure to its makers' cloud.
-      showSendToCloud: false, plotlyServerURL: "", displaylogo: false, responsive: true, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
+      showSendToCloud: false, plotlyServerURL: "", displaylogo: false, responsive: true,
+      // Bars with their numbers beside them have nothing to point at.
+      staticPlot: plot.dataset.figure === "scores", toImageButtonOptions: { format: "svg", filename: `proteus-${plot.dataset.figure}` },
+      modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
     });
   };
   const visible = plot => plot.getClientRects().length > 0;
@@ -172,7 +182,8 @@
     search();
     addEventListener("beforeprint", () => {
       root.classList.add("printing");
-      plots.forEach(plot => draw(plot, 660));
+      // Of the paper's width, 673 pixels of A4: contact maps stand two by two.
+      plots.forEach(plot => draw(plot, plot.dataset.figure.startsWith("contacts") ? 320 : 660));
     });
     addEventListener("afterprint", () => {
       root.classList.remove("printing");

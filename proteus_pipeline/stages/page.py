@@ -36,6 +36,8 @@ IN_LABEL_UNITS = {"mae", "rmse"}
 # Pairs at least this far apart in the sequence are what a fold is known by.
 LONG_RANGE = 24
 STRONGEST = 10
+# Less would be said as 0.0 s.
+SHOWN_SECONDS = 0.05
 _DIGEST = re.compile(r"(?:[a-z0-9]+:)?[0-9a-f]{16,}")
 
 
@@ -53,8 +55,10 @@ class Page:
         What the result came from, in the order shown: model reference, digests, recipe, FASTA, counts.
     metrics, predictions
         The probe's.
-    points
-        The embedding map, of all proteins.
+    points, variance
+        The embedding map, of all proteins, and the share of the embeddings' variance along either axis.
+    numbers
+        What an embedding is made of, and how many: of a protein, or of each residue.
     compare
         None where no candidate was chosen; else ``candidate`` (its reference), ``drift`` (what `drift.summarise`
         returned) and, where it was probed in the same folds, ``probe`` (its metrics).
@@ -73,6 +77,8 @@ class Page:
     metrics: Mapping[str, Any]
     predictions: Sequence[Prediction]
     points: Sequence[Point]
+    variance: Sequence[float] = ()
+    numbers: tuple[str, int] | None = None
     compare: Mapping[str, Any] | None = None
     drifts: Sequence[Drift] = ()
     contacts: Sequence[ContactMap] = ()
@@ -114,6 +120,8 @@ def render(page: Page) -> str:
         plotly=_plotly() if drawn else "",
         most=MAX_POINTS,
         asked=_asked(page.standing) if page.standing else {},
+        subject=_subject(page),
+        times=_times(page.standing) if page.standing else {},
     )
 
 
@@ -133,7 +141,7 @@ def _figures(page: Page, task: str | None) -> dict[str, dict[str, Any]]:
     possible = {
         "scores": figures.score_bars(task, _columns(page, task)) if task else None,
         "fit": figures.fit(page.predictions) if task == "regression" else None,
-        "map": figures.embedding_map(page.points, answers, task) if len(page.points) > 2 else None,
+        "map": figures.embedding_map(page.points, answers, task, page.variance) if len(page.points) > 2 else None,
         "drift": figures.drift_bars(page.drifts),
     }
     possible |= {f"contacts-{place}": figures.contact_map(one) for place, one in enumerate(page.contacts)}
@@ -180,6 +188,8 @@ def _probed(page: Page, task: str) -> str:
 def _tiles(page: Page, task: str | None) -> list[tuple[str, str]]:
     """Return the figures at the head of the page: what each is, and its value."""
     tiles = [("Proteins", f"{len(page.points):,}")]
+    if page.numbers:
+        tiles.append((page.numbers[0], f"{page.numbers[1]:,}"))
     if task == "classification":
         tiles += [
             ("Accuracy of the probe", f"{page.metrics['embedding']['accuracy']:.1%}"),
@@ -191,11 +201,21 @@ def _tiles(page: Page, task: str | None) -> list[tuple[str, str]]:
             ("On composition alone", number(page.metrics["composition"]["r2"])),
         ]
     if page.standing and (asked := _asked(page.standing)):
-        tiles += [
-            ("Known before this run", f"{asked['hits'] + asked['derived']:,} of {asked['unique']:,}"),
-            ("Computing time saved", wording.seconds(asked["saved_seconds"])),
-        ]
+        tiles.append(("Known before this run", f"{asked['hits'] + asked['derived']:,} of {asked['unique']:,}"))
+        if asked["saved_seconds"] >= SHOWN_SECONDS:
+            tiles.append(("Computing time saved", wording.seconds(asked["saved_seconds"])))
     return tiles
+
+
+def _subject(page: Page) -> str:
+    """Return what the page is about: which weights, and of which file."""
+    return " on ".join(filter(None, (page.model, page.lineage.get("FASTA"))))
+
+
+def _times(now: Standing) -> dict[str, str]:
+    """Return the columns of time that a run has numbers for: headings by the names of `StageRun`'s fields."""
+    columns = {"saved_seconds": "Time saved", "gpu_seconds": "GPU time"}
+    return {key: said for key, said in columns.items() if any(getattr(r, key) >= SHOWN_SECONDS for r in now.runs)}
 
 
 def _asked(now: Standing) -> dict[str, Any]:

@@ -22,15 +22,20 @@ from proteus_pipeline.stores.files import write_atomic
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+# Of the embedding map, as metrics.json names them.
+AXES = ("first_variance", "second_variance")
+
 
 def run(here: Project) -> None:
     """Write metrics.json, the predictions, and the embedding map."""
     result, records, vectors, labels = probe_manifest(here, MANIFEST)
-    write_atomic(here.work / METRICS, (json.dumps({"probe": result.metrics}, indent=1) + "\n").encode())
+    axes = project(vectors)
+    metrics = {"probe": result.metrics, "map": dict(zip(AXES, variance_shares(vectors, axes), strict=True))}
+    write_atomic(here.work / METRICS, (json.dumps(metrics, indent=1) + "\n").encode())
     rows: list[Sequence[Any]] = [(p.id, p.actual, p.predicted, p.fold) for p in result.predictions]
     write_csv(here, PREDICTIONS, ("id", "actual", "predicted", "fold"), rows)
     target = {label.id: label.target for label in labels}
-    places = [(f"{x:.6g}", f"{y:.6g}") for x, y in project(vectors)]
+    places = [(f"{x:.6g}", f"{y:.6g}") for x, y in axes]
     points = [(r.id, x, y, target.get(r.id, "")) for r, (x, y) in zip(records, places, strict=True)]
     write_csv(here, MAP, ("id", "x", "y", "label"), points)
     here.record("probe", sequences=len(records), labelled=len(labels), result=result.metrics["status"])
@@ -45,6 +50,14 @@ def probe_manifest(here: Project, manifest: str) -> tuple[ProbeResult, list[Reco
     vectors = np.stack([one_vector(by_id[r.id]) for r in records])
     labels = stored_labels(here)
     return probe_records(records, vectors, labels, ProbeSettings(**composed["probe"])), records, vectors, labels
+
+
+def variance_shares(vectors: NDArray[np.floating[Any]], axes: NDArray[np.float64]) -> list[float]:
+    """Return which share of the (N, D) embeddings' variance lies along each of the map's axes, to 4 digits."""
+    data = np.asarray(vectors, np.float64)
+    whole = float(np.square(data - data.mean(axis=0)).sum())
+    along = np.square(axes - axes.mean(axis=0)).sum(axis=0)
+    return [round(float(one) / whole, 4) if whole else 0.0 for one in along]
 
 
 def one_vector(embedding: NDArray[np.float32]) -> NDArray[np.float32]:

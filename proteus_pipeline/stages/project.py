@@ -175,6 +175,14 @@ class Project:
         value["packages"] = {p: version for p in _PACKAGES if (version := installed(p))}
         self.write_run_log(value)
 
+    def record_time(self, stage: str, seconds: float) -> None:
+        """Put into a stage's section how long all of it took: `record` says that of embedding alone."""
+        value = self.run_log()
+        section = value.get("stages", {}).get(stage)
+        if isinstance(section, dict):
+            section["elapsed"] = round(seconds, 3)
+            self.write_run_log(value)
+
     def run_log(self) -> dict[str, Any]:
         """Return results/run.json, or an empty mapping where there is none that can be read."""
         try:

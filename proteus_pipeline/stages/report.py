@@ -17,7 +17,7 @@ from proteus_pipeline.stages.contacts import ContactMap
 from proteus_pipeline.stages.drift import Drift
 from proteus_pipeline.stages.figures import Point
 from proteus_pipeline.stages.page import Page, render
-from proteus_pipeline.stages.probe import read_csv
+from proteus_pipeline.stages.probe import AXES, read_csv
 from proteus_pipeline.stages.probing import Prediction
 from proteus_pipeline.stages.project import (
     COMPOSED,
@@ -82,6 +82,7 @@ def _page(here: Project, now: Standing | None = None) -> Page:
     _check_choices(composed, manifest)
     compared = _loaded(here, DRIFT, _json)
     contacts = _loaded(here, CONTACTS, _contacts)
+    metrics = _loaded(here, METRICS, _metrics)
     points = _rows(here, MAP, lambda r: Point(r["id"], float(r["x"]), float(r["y"]), r["label"]))
     if [point.id for point in points] != list(manifest.ids):
         raise StorageError(f"{MAP} is of other proteins than {MANIFEST}", _AGAIN)
@@ -89,11 +90,13 @@ def _page(here: Project, now: Standing | None = None) -> Page:
         title="Protein embeddings and what they tell",
         model=composed["stages"]["embed"]["model"]["reference"],
         lineage=_lineage(here, manifest, compared.get("candidate"), now),
-        metrics=_loaded(here, METRICS, lambda path: _json(path)["probe"]),
+        metrics=metrics["probe"],
         predictions=_rows(
             here, PREDICTIONS, lambda r: Prediction(r["id"], r["actual"], r["predicted"], int(r["fold"]))
         ),
         points=points,
+        variance=metrics["map"],
+        numbers=_numbers(manifest),
         compare=_comparison(compared),
         drifts=_rows(
             here, DRIFTS, lambda r: Drift(r["id"], float(r["cosine"]), float(r["relative_l2"]), float(r["max_abs"]))
@@ -135,15 +138,14 @@ def _lineage(here: Project, manifest: Manifest, candidate: str | None, now: Stan
     lineage |= {
         "Trunk digest": model["trunk_digest"],
         "Model digest": model["digest"],
-        "Layer": str(composed["stages"]["embed"]["layer"]),
+        "Layer": f"{composed['stages']['embed']['layer']} (0 is before the first block)",
         "Pooling": e["pooling"],
         "Numbers": numbers,
         "Computed on": ", ".join(classes),
         "Sequences": f"{counts['kept']:,} proteins, {counts['unique']:,} distinct, {counts['residues']:,} residues",
         "FASTA": data["fasta"],
         "FASTA digest": data["fasta_digest"],
-        "Labels": data["labels"] or f"{data['label_key']}= in the headers",
-        "Labelled": f"{counts['labelled']} ({counts['labels_ignored']} labels of other ids)",
+        "Labels": _labels(data, counts),
         "Rules": f"unknown letters: {data['unknown']}; stops: {data['stops']}; gaps: {data['gaps']}; "
         f"one id twice: {data['duplicates']}; over {data['max_length']:,} residues: {data['long']}",
         "What they did": f"{counts['repeated']} repeated records, {counts['dropped']} dropped, "
@@ -155,6 +157,30 @@ def _lineage(here: Project, manifest: Manifest, candidate: str | None, now: Stan
             now.dirty
         ]
     return lineage
+
+
+def _labels(data: Mapping[str, Any], counts: Mapping[str, int]) -> str:
+    """Return where the labels are from, and how many there are."""
+    labelled = f"{counts['labelled']:,} of {counts['kept']:,} proteins"
+    if not data["labels"]:
+        header = f"{data['label_key']}= in the headers"
+        return f"{header}, {labelled}" if counts["labelled"] else f"none; the headers have no {data['label_key']}="
+    ignored = counts["labels_ignored"]
+    return f"{data['labels']}, {labelled}" + (f"; {ignored:,} labels of other ids" if ignored else "")
+
+
+def _metrics(path: Path) -> dict[str, Any]:
+    value = _json(path)
+    # A result of an earlier version of this code has none of the map.
+    shares = value.get("map", {})
+    return {"probe": dict(value["probe"]), "map": [float(shares[axis]) for axis in AXES] if shares else []}
+
+
+def _numbers(manifest: Manifest) -> tuple[str, int] | None:
+    """Return what the embeddings are made of; None where there is none."""
+    for entry in manifest.entries:
+        return f"Numbers a {'residue' if len(entry.shape) > 1 else 'protein'}", entry.shape[-1]
+    return None
 
 
 def _contacts(path: Path) -> dict[str, Any]:

@@ -37,8 +37,10 @@ class StageRun:
         ``run`` or ``unchanged``.
     counts
         ``sequences``, ``unique``, ``hits``, ``derived``, ``computed``; empty for a stage that embeds nothing.
+    elapsed
+        What the stage took, in seconds; 0 where it did not run.
     seconds, saved_seconds, gpu_seconds, saved_gpu_seconds
-        Spent, and what the hits took when they were computed; in all, and on a GPU.
+        Spent on embedding, and what the hits took when they were computed; in all, and on a GPU.
     device_class
         Where it computed; empty where it computed nothing.
     misses
@@ -51,6 +53,7 @@ class StageRun:
     name: str
     status: str
     counts: Mapping[str, int] = field(default_factory=dict)
+    elapsed: float = 0.0
     seconds: float = 0.0
     saved_seconds: float = 0.0
     gpu_seconds: float = 0.0
@@ -225,6 +228,7 @@ def _run(name: str, section: object) -> StageRun:
         name,
         str(facts.get("status", "")),
         {key: int(amount(key)) for key in fields} if "computed" in facts and facts.get("model") else {},
+        amount("elapsed"),
         amount("seconds"),
         amount("saved_seconds"),
         amount("gpu_seconds"),

