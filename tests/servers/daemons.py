@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-_PATIENCE_S = 60.0
+PATIENCE_S = 60.0
 
 
 def free_port() -> int:
@@ -40,7 +40,7 @@ class Server:
                 stdin=subprocess.DEVNULL,
                 env=os.environ | self._env,
             )
-        deadline = time.monotonic() + _PATIENCE_S
+        deadline = time.monotonic() + PATIENCE_S
         while not self._answers():
             if self._process.poll() is not None or time.monotonic() > deadline:
                 self.kill()

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from daemons import Server, free_port
+from daemons import PATIENCE_S, Server, free_port
 
 ACCESS_KEY, SECRET_KEY, BUCKET = "proteus", "proteus-secret", "proteus"
 
@@ -54,7 +54,8 @@ class S3Server(Server):
 
     def start(self) -> None:
         super().start()
-        for _ in range(100):  # it answers before it has made its bucket
+        deadline = time.monotonic() + PATIENCE_S
+        while time.monotonic() < deadline:  # it answers before it has made its bucket
             if BUCKET in {b["Name"] for b in self.client().list_buckets()["Buckets"]}:
                 return
             time.sleep(0.05)
