@@ -120,3 +120,15 @@ def test_the_files_that_the_architecture_names_are_there():
     named = set(re.findall(r"(?:[\w*]+/)+[\w*]+\.py\b", ARCHITECTURE))
     assert len(named) > 30
     assert [p for p in sorted(named) if not any((*ROOT.glob(p), *PACKAGE.glob(p)))] == []
+
+
+@pytest.mark.xdist_group("house")
+def test_tests_of_a_group_go_to_one_worker(request: pytest.FixtureRequest):
+    if not getattr(request.config.option, "loadgroup", False):  # what xdist tells its workers
+        pytest.skip("nothing is divided")
+    assert request.node.nodeid.endswith("@house")  # what xdist divides by: else each worker makes all groups' fixtures
+
+
+def test_no_two_test_files_share_a_name():
+    names = sorted(p.name for p in (ROOT / "tests").rglob("test_*.py"))
+    assert [n for n in names if names.count(n) > 1] == []  # pytest imports both by that name, and refuses the second
