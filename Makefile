@@ -41,7 +41,7 @@ bench: setup ## all benchmarks, ours beside peers', into benchmarks/RESULTS.md; 
 torture: setup ## the fault runs at full count: kill -9, flipped bits
 	PROTEUS_TORTURE=1 $(BIN)/python -m pytest -n $${PYTEST_WORKERS:-3} --dist loadgroup -m torture
 
-docs: setup ## the site, in build/site; a warning fails it, and its commands and code are run
+docs: setup ## the site, in build/site; a warning fails it, and its and README's commands and code are run
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	$(BIN)/python -m pytest -n $${PYTEST_WORKERS:-3} --dist load -m documents tests/e2e/test_readme.py
 

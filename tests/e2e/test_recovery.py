@@ -18,10 +18,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("recovery")]
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory, weights: Path) -> Clone:
-    made = Clone.make(tmp_path_factory.mktemp("e2e"), weights, every=10)
-    made.run("proteus", "run")
-    made.commit("results", empty=True)
-    return made
+    return Clone.after_a_run(tmp_path_factory, weights, every=10)
 
 
 @pytest.fixture(autouse=True)

@@ -65,9 +65,10 @@ def get(address: str, path: str) -> str:
         return answer.read().decode()
 
 
-def test_two_versions_are_served_and_a_name_is_always_what_it_means_now(tmp_path: Path, weights: Path):
-    clone = Clone.make(tmp_path, weights, every=10)
-    clone.run("proteus", "run")
+def test_two_versions_are_served_and_a_name_is_always_what_it_means_now(
+    tmp_path_factory: pytest.TempPathFactory, weights: Path
+):
+    clone = Clone.after_a_run(tmp_path_factory, weights, every=10)
     clone.run("python", "examples/round_weights.py", f"{NAME}@v1.0.0", "build/rounded")
     for key, value in (("user.name", "A User"), ("user.email", "user@example.org")):
         clone.git("config", key, value)

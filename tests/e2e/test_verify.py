@@ -21,10 +21,7 @@ MANIFEST, METRICS, DEMO = "results/embeddings.json", "metrics.json", "data/demo1
 @pytest.fixture(scope="module")
 def author(tmp_path_factory: pytest.TempPathFactory, weights: Path) -> Clone:
     """Whose result it is: 20 proteins under two versions, committed."""
-    made = Clone.make(tmp_path_factory.mktemp("author"), weights, every=5)
-    made.run("proteus", "run")
-    made.commit("results", empty=True)
-    return made
+    return Clone.after_a_run(tmp_path_factory, weights, every=5)
 
 
 @pytest.fixture(scope="module")
