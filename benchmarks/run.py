@@ -5,7 +5,8 @@ each program's own documentation says, up to 12 GB of a temporary folder. ``pyth
 these, and writes a report only where ``--output`` says. ``--fasta DB.fasta.gz`` takes the proteins from a file, where a program
 takes any. The machine should have nothing else to do: its load is written down beside each program.
 
-Exit code: 0 where every program ran and every bar holds, 3 where a bar is missed, 1 where a program failed.
+Exit code: 0 where every program ran, every bar holds and README's figures were seen within the spread that it states; 3 where
+a bar is missed or a figure of README's is outside; 1 where a program failed.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from _figures import FILE, Figure, parser, read, shown
+from _quoted import Quoted, compared, quoted, table
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -126,7 +128,9 @@ def _said_by(*command: str) -> str:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
 
 
-def report(ran: list[Ran], mode: str, facts: list[tuple[str, str]]) -> str:
+def report(
+    ran: list[Ran], mode: str, facts: list[tuple[str, str]], quotes: list[tuple[Quoted, Figure]] | None = None
+) -> str:
     """Return RESULTS.md."""
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     bars = [f for r in ran for f in r.figures if f.bar is not None]
@@ -145,6 +149,7 @@ def report(ran: list[Ran], mode: str, facts: list[tuple[str, str]]) -> str:
         "|---|---|",
         *(f"| {name} | {_cell(what)} |" for name, what in facts),
         "",
+        *table(quotes or []),
     ]
     for r in ran:
         parts += [f"## {r.name}", "", r.question, ""]
@@ -209,12 +214,16 @@ def main() -> int:
         told = [f"  {figure}" for figure in ran[-1].figures]
         told += [f"  FAILED: {ran[-1].failure}", ran[-1].printed] if ran[-1].failure else []
         print("\n".join([*told, f"  {ran[-1].seconds:.0f} s"]), flush=True)
+    quotes = compared(quoted((ROOT / "README.md").read_text(encoding="utf-8")), (f for r in ran for f in r.figures))
+    outside = [(q, f) for q, f in quotes if not q.within(f)]
+    for q, f in outside:
+        print(f"README says of {q.program}, {q.name}: {q.spread}; seen: {shown(f.value)}")
     if output:
-        output.write_text(report(ran, "full" if args.full else "quick", facts), encoding="utf-8")
+        output.write_text(report(ran, "full" if args.full else "quick", facts, quotes), encoding="utf-8")
         print(f"{sum(r.seconds for r in ran):.0f} s in all; written to {output}")
     if any(r.failure for r in ran):
         return 1
-    return MISSED if any(r.missed for r in ran) else 0
+    return MISSED if outside or any(r.missed for r in ran) else 0
 
 
 if __name__ == "__main__":

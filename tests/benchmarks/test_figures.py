@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import run
 from _figures import FILE, Figure, Spread, Taken, in_turn, one_round, parsed, parser, read, said, shown
+from _quoted import quoted
 from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
@@ -105,6 +106,7 @@ def programs(tmp_path: Path, monkeypatch) -> Path:
     hang = 'import subprocess\nchild = subprocess.Popen(["sleep", "60"])\nprint(child.pid, flush=True)\nchild.wait()\n'
     (tmp_path / "hangs.py").write_text(begin + hang)
     (tmp_path / "mute.py").write_text(begin)
+    (tmp_path / "README.md").write_text("| it is so | 4 (3 to 5) | `good`: b, our speed |\n")
     monkeypatch.setattr(run, "HERE", tmp_path)
     monkeypatch.setattr(run, "ROOT", tmp_path)
     return tmp_path
@@ -155,6 +157,28 @@ def test_the_report_is_written_and_the_exit_code_tells(programs: Path, monkeypat
     with pytest.raises(SystemExit):
         run.main()
     assert "ugly is no benchmark; there are bad, good, hangs, mute" in capsys.readouterr().err
+
+
+def test_what_readme_quotes_is_held_against_what_is_seen(programs: Path, monkeypatch, capsys) -> None:
+    (programs / "good.py").write_text(
+        (programs / "good.py").read_text().replace('"a|b", 2, 3', '"b, our speed", 4.5, 3')
+    )
+    monkeypatch.setattr("sys.argv", ["run.py", "good", "--output", str(programs / "R.md")])
+    assert run.main() == 0
+    assert "| good: b, our speed | 4 (3 to 5) | 4.5 | within |" in (programs / "R.md").read_text()
+    (programs / "good.py").write_text((programs / "good.py").read_text().replace("4.5", "5.5"))
+    capsys.readouterr()
+    assert run.main() == 3
+    assert "README says of good, b, our speed: 4 (3 to 5); seen: 5.5" in capsys.readouterr().out
+    assert "| 5.5 | **outside** |" in (programs / "R.md").read_text()
+
+
+def test_readme_quotes_figures_that_programs_say() -> None:
+    quotes = quoted((ROOT / "README.md").read_text())
+    assert len(quotes) >= 5
+    for quote in quotes:
+        assert quote.low <= quote.value <= quote.high
+        assert f'"{quote.name}"' in (ROOT / "benchmarks" / f"{quote.program}.py").read_text(), quote
 
 
 def test_proteins_go_to_the_programs_that_take_any(capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
