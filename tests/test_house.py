@@ -8,6 +8,7 @@ import tomllib
 from pathlib import Path
 
 import grimp
+import hypothesis
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -120,3 +121,9 @@ def test_the_files_that_the_architecture_names_are_there():
     named = set(re.findall(r"(?:[\w*]+/)+[\w*]+\.py\b", ARCHITECTURE))
     assert len(named) > 30
     assert [p for p in sorted(named) if not any((*ROOT.glob(p), *PACKAGE.glob(p)))] == []
+
+
+def test_no_test_fails_for_being_slow():
+    settings = hypothesis.settings()
+    assert settings.deadline is None
+    assert hypothesis.HealthCheck.too_slow in settings.suppress_health_check
