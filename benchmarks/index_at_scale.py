@@ -3,8 +3,8 @@
 First a simulation: segments published one after another, merged when a cache would merge them, by the cache's own rule
 (``to_merge``). It counts files, bytes written and read again, and what a run's header holds; it takes no disk and scales to any
 number. Then the same with real files: made-up keys, up to ``--keys`` of them, opened and searched by the cache's own code; the
-simulation's bytes are set beside the real ones. 64 bytes of a temporary folder and 16 of memory a key: ``--keys 100000000`` takes
-6.4 GB and some minutes, and was run so for docs/scale.md; ``--quick`` takes 10^5.
+simulation's bytes are set beside the real ones. 64 bytes of a temporary folder and 16 of memory a key: ``--keys 100000000`` would
+take 6.4 GB. docs/scale.md has the simulation up to 10^8 and real files up to 10^6, the default; ``--quick`` takes 10^5.
 """
 
 from __future__ import annotations

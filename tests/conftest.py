@@ -1,4 +1,4 @@
-"""What every test gets: no home, no git identity, one thread; and the real weights, fetched once for a checkout."""
+"""What every test gets: no home, no git identity, one thread, no deadline; and the real weights, fetched once for a checkout."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import HealthCheck, settings
 from layouts import make_checkpoint
 from s3 import S3Server, s3_server
 
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers with two threads each would stall on each other
+# How long an example takes says how busy the machine is, and nothing of the code.
+settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("unhurried")
 
 
 @pytest.fixture(autouse=True)

@@ -8,6 +8,7 @@ import tomllib
 from pathlib import Path
 
 import grimp
+import hypothesis
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -132,3 +133,9 @@ def test_tests_of_a_group_go_to_one_worker(request: pytest.FixtureRequest):
 def test_no_two_test_files_share_a_name():
     names = sorted(p.name for p in (ROOT / "tests").rglob("test_*.py"))
     assert [n for n in names if names.count(n) > 1] == []  # pytest imports both by that name, and refuses the second
+
+
+def test_no_test_fails_for_being_slow():
+    settings = hypothesis.settings()
+    assert settings.deadline is None
+    assert hypothesis.HealthCheck.too_slow in settings.suppress_health_check

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from proteus_pipeline.cli.stage import by_class
+from proteus_pipeline.cli.verbs import shown
+from proteus_pipeline.stages.wording import by_class
 
 if TYPE_CHECKING:
     from proteus_pipeline.stages.pipeline import RunSummary
@@ -67,7 +68,7 @@ def _table(summary: RunSummary, name: str) -> str:
             lines.append(f"\n  why {stage} computed: {reasons}")
     for stage, facts in summary.stages.items():
         if facts.get("other_classes"):
-            lines.append(f"\n  {stage} used hits from other device classes: {by_class(facts['other_classes'])}")
+            lines.append(f"\n  {stage} used hits from other device classes: {shown(by_class(facts['other_classes']))}")
     saved = sum(facts.get("saved_seconds", 0.0) for facts in summary.stages.values())
     if saved >= 0.05:
         lines.append(f"\n  hits saved {saved:.1f} s of computing")

@@ -5,17 +5,15 @@ from __future__ import annotations
 import argparse
 import importlib
 import time
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from proteus_pipeline.cli.verbs import shown
+from proteus_pipeline.stages.wording import by_class
 
 if TYPE_CHECKING:
     from proteus_pipeline.embeddings.embedder import Outcome
 
 NAMES = ("compose", "prepare", "embed", "probe", "compare", "contacts", "report")
-
-_FEW, _LONGEST = 5, 60
 
 
 def add_to(verbs: Any) -> None:
@@ -60,10 +58,5 @@ def told(outcome: Outcome) -> str:
         text += f" on {outcome.workers} worker{'s' if outcome.workers > 1 else ''}"
     if twins := outcome.sequences - outcome.unique:
         text += f" ({twins} of them equal to another)"
-    return f"{text}; from other device classes: {by_class(outcome.other_classes)}" if outcome.other_classes else text
-
-
-def by_class(counts: Mapping[str, int]) -> str:
-    """Return counts of entries by their device class as words; a class is whatever the entry's maker called it."""
-    said = [f"{number} of {shown(name[:_LONGEST])}" for name, number in counts.items()]
-    return ", ".join(said[:_FEW]) + (f", and {len(said) - _FEW} classes more" if len(said) > _FEW else "")
+    elsewhere = shown(by_class(outcome.other_classes))
+    return f"{text}; from other device classes: {elsewhere}" if elsewhere else text

@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import CancelledError
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -197,8 +198,8 @@ class _Run:
 
     def _take(self, future: Future, shard: _Shard) -> None:
         """Count a shard that is done, or see what became of it."""
-        if future.status == "finished":
-            counts: Counts = future.result()
+        counts, error = _result(future)
+        if counts:
             self.computed += counts.computed
             self.workers.add(counts.worker)
             add(counts.metrics)
@@ -206,12 +207,12 @@ class _Run:
                 self._work.hot.counts["put"] += counts.offered
             if self._work.progress:
                 self._work.progress.advance(len(shard.sequences), counts.tokens, 0.0)
-            return
-        if future.status != "error":
+        elif error:
+            self._failed(shard, error)
+        else:
             raise self._gone()
-        self._failed(shard, future.exception())
 
-    def _failed(self, shard: _Shard, error: BaseException | None) -> None:
+    def _failed(self, shard: _Shard, error: BaseException) -> None:
         from distributed import KilledWorker
 
         if isinstance(error, ProteusError):
@@ -238,6 +239,20 @@ class _Run:
             f"the scheduler of {self._cluster.name} is gone",
             "start it and its workers again, and run this again: what was finished is kept",
         )
+
+
+def _result(future: Future) -> tuple[Counts | None, BaseException | None]:
+    """Return what a task counted, or its error; neither where the scheduler went, be it between two questions."""
+    from distributed import KilledWorker
+
+    # Not where a worker died before it gave what it had: its shard was tried again by Dask, and may have failed.
+    with suppress(CancelledError, OSError, KilledWorker):
+        if future.status == "finished":
+            return future.result(), None
+    with suppress(CancelledError, OSError):
+        if future.status == "error":
+            return None, future.exception()
+    return None, None
 
 
 def _published(work: Work, patience: float = _VISIBLE_S) -> dict[str, Embedded]:
@@ -275,6 +290,6 @@ def _described(entry: Entry) -> Embedded:
     return Embedded(entry.key, entry.shape, entry.stored, entry.content)
 
 
-def _line(error: BaseException | None) -> str:
+def _line(error: BaseException) -> str:
     said = (str(error).strip().splitlines() or [""])[0]
     return f"{type(error).__name__}: {said}" if said else type(error).__name__

@@ -161,6 +161,7 @@ def embed_by(
         began = time.perf_counter()
         found = [entry for entry, _ in cache.find(by_key)]
         reading = time.perf_counter() - began
+        _count_shared(cache, len(by_key), found)
         lease.add(e.segment for e in found)
         done = {e.key: Embedded(e.key, e.shape, e.stored, e.content) for e in found}
         missing = {key: s for key, s in by_key.items() if key not in done}
@@ -202,6 +203,17 @@ def embed_by(
         explained=tuple(why),
         other_classes=_of_others(cache, read),
     )
+
+
+def _count_shared(cache: EmbeddingCache, asked: int, found: Sequence[Entry]) -> None:
+    """Count what the shared cache beneath was asked for: what this one has not."""
+    if cache.shared is None:
+        return
+    here = cache.visible.segments()
+    missed = "failed" if cache.visible_beneath is None else "miss"
+    for result, number in (("hit", sum(e.segment not in here for e in found)), (missed, asked - len(found))):
+        if number:
+            count("proteus_cache_requests_total", number, cache="shared", result=result)
 
 
 def _compute(engine: Engine, work: Work) -> Done:

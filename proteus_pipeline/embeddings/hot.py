@@ -24,6 +24,7 @@ import numpy as np
 
 from proteus_pipeline.embeddings.index import Attestation, known_fields
 from proteus_pipeline.embeddings.stored import NUMPY_DTYPES, to_fp32
+from proteus_pipeline.stores.counts import count
 from proteus_pipeline.stores.redis import RedisClient
 
 if TYPE_CHECKING:
@@ -144,13 +145,20 @@ class HotRun:
         """
         generation = self._generation()
         if generation is None:
+            _count(failed=len(wanted))
             return []
         names = {f"{generation}:{key}": key for key in wanted}
-        before = self._tier.client.rejected
-        values = self._tier.client.get_many(KIND, list(names))
-        self.counts["rejected"] += self._tier.client.rejected - before
+        client, before = self._tier.client, self.counts.copy()
+        rejected, unanswered = client.rejected, client.unanswered
+        values = client.get_many(KIND, list(names))
+        self.counts["rejected"] += client.rejected - rejected
+        unanswered = client.unanswered - unanswered
         hidden = [e.time for e in events if e.invalidates(self._trunk, self._recipe.described())]
-        return list(self._taken(values, names, wanted, max(hidden, default=-1)))
+        taken = list(self._taken(values, names, wanted, max(hidden, default=-1)))
+        refused = sum(self.counts[of] - before[of] for of in ("rejected", "stale", "foreign"))
+        missed = len(wanted) - len(taken) - refused - unanswered
+        _count(hit=len(taken), miss=missed, refused=refused, failed=unanswered)
+        return taken
 
     def _taken(
         self, values: Mapping[str, memoryview], names: Mapping[str, str], wanted: Mapping[str, str], hidden: int
@@ -175,6 +183,12 @@ class HotRun:
         if generation is not None:
             values = {f"{generation}:{v.key}": encode(v, header, self._recipe) for v in vectors}
             self.counts["put"] += self._tier.client.put_many(KIND, values, ttl=TTL_S)
+
+
+def _count(**results: int) -> None:
+    for result, number in results.items():
+        if number > 0:
+            count("proteus_cache_requests_total", number, cache="redis", result=result)
 
 
 def encode(vector: Offered, header: SegmentHeader, recipe: Recipe) -> bytes:

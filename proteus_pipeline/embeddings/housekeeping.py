@@ -70,7 +70,7 @@ def replayed(cache: EmbeddingCache, policy: str) -> Policy[str]:
     for segment, header in cache.visible.segments(hidden=True).items():
         steps.append((header.published / 1e9, 0, segment, header))
     for use in uses(cache.path):
-        steps += [(use.time, 1, segment, count) for segment, count in use.segments.items()]
+        steps += [(use.time, 1, segment, use.runs) for segment in use.segments]
     for event in cache.visible.events:
         if event.kind == "retired":
             steps += [(event.time / 1e9, 2, segment, event.reason) for segment in event.segments]
@@ -78,7 +78,7 @@ def replayed(cache: EmbeddingCache, policy: str) -> Policy[str]:
         if kind == 0:
             books.added(segment, what.segment_bytes, what.attestation.seconds, when)
         elif kind == 1:
-            books.used(segment, when)
+            books.used(segment, when, what)
         elif what.startswith(EVICTED):
             books.evicted(segment)
         else:

@@ -84,11 +84,11 @@ class Policy(ABC, Generic[K]):
         self.removed(key)
         self._items[key] = Item(size=size, cost=cost, added=time, last=time)
 
-    def used(self, key: K, time: float) -> None:
-        """Count a use. A log may be out of order: what counts is the latest time."""
+    def used(self, key: K, time: float, times: int = 1) -> None:
+        """Count a use, or several, the latest at a time. A log may be out of order: what counts is the latest time."""
         item = self._items.get(key)
         if item is not None:
-            item.uses += 1
+            item.uses += times
             item.last = max(item.last, time)
 
     def resized(self, key: K, size: int) -> None:
@@ -202,8 +202,8 @@ class Cost(Policy[K]):
         super().added(key, size, cost, time)
         self._prioritise(key)
 
-    def used(self, key: K, time: float) -> None:
-        super().used(key, time)
+    def used(self, key: K, time: float, times: int = 1) -> None:
+        super().used(key, time, times)
         self._prioritise(key)
 
     def evicted(self, key: K) -> None:

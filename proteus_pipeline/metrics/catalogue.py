@@ -7,8 +7,11 @@ from itertools import product
 
 MONITOR, SERVICE = "monitor", "service"
 """Where a metric is shown: by ``proteus monitor``, and by a process that serves models (`ModelCacheManager.prometheus`)."""
-EMBEDDINGS, MODELS = "embeddings", "models"
+EMBEDDINGS, MODELS, SHARED, REDIS = "embeddings", "models", "shared", "redis"
+"""Caches; of the last two, which others share, what this project asked of them."""
 RESULTS = ("hit", "miss")
+SHARED_RESULTS = (*RESULTS, "failed")
+REDIS_RESULTS = (*SHARED_RESULTS, "refused")
 CAUSES = ("room", "shrunk", "expired", "invalidated", "cleared")
 """Why a model is let go."""
 CODES = ("1", "2", "3", "4", "5")
@@ -85,10 +88,29 @@ _ALL = (
     Metric(
         "proteus_cache_requests_total",
         "counter",
-        "Look-ups: stored or loaded (hit), computed from what is stored (derived), or neither (miss).",
+        "Look-ups: stored or loaded (hit), computed from what is stored (derived), or neither (miss); of a cache that is shared "
+        "also could not be asked (failed), or had what is not used (refused).",
         ("cache", "result"),
-        tuple((MODELS, result) for result in RESULTS),
+        (
+            *product((MODELS,), RESULTS),
+            *product((SHARED,), SHARED_RESULTS),
+            *product((REDIS,), REDIS_RESULTS),
+        ),
         shown=_BOTH,
+    ),
+    Metric(
+        "proteus_cache_fetched_bytes_total",
+        "counter",
+        "Bytes that came from a bucket or from Redis.",
+        ("cache",),
+        ((SHARED,), (REDIS,)),
+    ),
+    Metric(
+        "proteus_cache_sent_bytes_total",
+        "counter",
+        "Bytes that went to a bucket or to Redis.",
+        ("cache",),
+        ((SHARED,), (REDIS,)),
     ),
     Metric(
         "proteus_cache_evictions_total",

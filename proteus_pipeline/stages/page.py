@@ -94,7 +94,7 @@ def render(page: Page) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"clip": lambda text: clipped(text, MAX_CELL), "number": number, "small": small}
     environment.filters |= {"seconds": wording.seconds, "size": wording.size, "reason": wording.reason}
-    environment.filters |= {"recipe": wording.recipe, "count": lambda n: f"{n:,}"}
+    environment.filters |= {"recipe": wording.recipe, "count": lambda n: f"{n:,}", "by_class": wording.by_class}
     task = page.metrics.get("task") if page.metrics["status"] == "ok" else None
     drawn = _figures(page, task)
     return environment.from_string(_part("page.html")).render(

@@ -47,6 +47,8 @@ class StageRun:
         How many it computed for which reason.
     missed
         Of those, ``id``, ``differs``, ``nearest`` and ``detail`` of the first.
+    other_classes
+        How many hits were attested by which device class, where it was not that of the machine that ran it.
 
     """
 
@@ -61,6 +63,7 @@ class StageRun:
     device_class: str = ""
     misses: Mapping[str, int] = field(default_factory=dict)
     missed: Sequence[Mapping[str, Any]] = ()
+    other_classes: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -234,9 +237,14 @@ def _run(name: str, section: object) -> StageRun:
         amount("gpu_seconds"),
         amount("saved_gpu_seconds"),
         str(facts.get("device_class") or ""),
-        {str(why): int(n) for why, n in _mapping(facts.get("misses")).items()},
+        _counts(facts.get("misses")),
         [m for m in missed if isinstance(m, dict)] if isinstance(missed, list) else (),
+        _counts(facts.get("other_classes")),
     )
+
+
+def _counts(value: object) -> Mapping[str, int]:
+    return {str(of): n for of, n in _mapping(value).items() if isinstance(n, int)}
 
 
 def _history(history: History, used: Mapping[str, Sequence[str]]) -> ModelHistory:

@@ -34,6 +34,8 @@ _REASONS = {
     "policy": "It was cut into other windows.",
 }
 _MINUTE, _HOUR = 60.0, 3600.0
+# Classes that are named, and characters of each: a class is whatever the entry's maker called it.
+_FEW, _LONGEST = 5, 60
 
 
 def number(value: float, digits: int = 3) -> str:
@@ -84,6 +86,16 @@ def reason(differs: str) -> str:
     'The cache had this sequence with another layer and pooling.'
     """
     return _REASONS.get(differs, f"The cache had this sequence with another {differs}.")
+
+
+def by_class(counts: Mapping[str, int]) -> str:
+    """Return how many entries are of which device class.
+
+    >>> by_class({"cuda/sm_90": 4, "unattested": 1})
+    '4 of cuda/sm_90, 1 of unattested'
+    """
+    said = [f"{number} of {name[:_LONGEST]}" for name, number in counts.items()]
+    return ", ".join(said[:_FEW]) + (f", and {len(said) - _FEW} classes more" if len(said) > _FEW else "")
 
 
 def recipe(described: Mapping[str, Any]) -> str:

@@ -6,17 +6,15 @@ file that has grown is replaced by its sums, under the same lock. Where a file s
 
 from __future__ import annotations
 
-import fcntl
 import os
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from proteus_pipeline.errors import StorageError
 from proteus_pipeline.metrics.lines import Series, increments, to_line, to_lines, totals
-from proteus_pipeline.stores.files import TEMPORARY_PREFIX, storage_error, write_atomic
+from proteus_pipeline.stores.files import TEMPORARY_PREFIX, lock, storage_error, write_atomic
 from proteus_pipeline.stores.live import Announcement
 
 NAME = "counts-1.log"
@@ -24,8 +22,6 @@ NAME = "counts-1.log"
 FOLDER = "metrics"
 """Where it lies, below a project's ``.proteus``."""
 COMPACT_BYTES = 1 << 18
-# How long an append waits for its turn, which takes others some 50 microseconds each, seconds.
-_PATIENCE, _FIRST_PAUSE, _LONGEST_PAUSE = 5.0, 0.0002, 0.005
 # Not through a link, which a clone may bring, and not into a pipe that nobody reads.
 _APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 _counting: Callable[[], Path] | None = None
@@ -96,33 +92,9 @@ class CountsFile:
         """Let one process at a time write; yield False where there are no locks."""
         descriptor = os.open(self.folder, os.O_RDONLY | os.O_CLOEXEC)  # the folder itself: nothing is left of it
         try:
-            yield _lock(descriptor)
+            yield lock(descriptor)
         finally:
             os.close(descriptor)
-
-
-def _lock(descriptor: int) -> bool:
-    """Lock a folder; return False where there are no locks.
-
-    Raises
-    ------
-    OSError
-        When another process does not let go of it: it may have been stopped, and no work waits for its own counts.
-
-    """
-    deadline, pause = time.monotonic() + _PATIENCE, _FIRST_PAUSE
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(pause)
-            pause = min(2 * pause, _LONGEST_PAUSE)
-        except OSError:
-            return False
-        else:
-            return True
 
 
 @contextmanager

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import os
 import secrets
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
@@ -32,6 +34,8 @@ _REMEDIES = {
 }
 # A folder can't be flushed on some network file systems; the rename itself has been done by then.
 _NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP}
+# How long one waits for a lock, seconds: an append takes others some 50 microseconds.
+_PATIENCE, _FIRST_PAUSE, _LONGEST_PAUSE = 5.0, 0.0002, 0.005
 # Only writing gives these, so that they can be named even when they come out of another library.
 _WRITE_FAILED = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
@@ -125,6 +129,37 @@ def replace_atomic(tmp: Path, path: Path) -> None:
                 raise
     except OSError as error:
         raise storage_error("write", path, error) from error
+
+
+def lock(descriptor: int) -> bool:
+    """Lock a file or a folder that processes append to one after another; return False where there are no locks.
+
+    The lock ends with the descriptor, and with the process, however it dies.
+
+    Parameters
+    ----------
+    descriptor
+        Of the open file; on network file systems it has to be open for writing.
+
+    Raises
+    ------
+    OSError
+        When another process does not let go of it: it may have been stopped, and no work waits for its own counts.
+
+    """
+    deadline, pause = time.monotonic() + _PATIENCE, _FIRST_PAUSE
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
+        except OSError:
+            return False
+        else:
+            return True
 
 
 def _fsync(path: Path) -> None:

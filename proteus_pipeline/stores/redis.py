@@ -20,6 +20,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from proteus_pipeline.errors import ConfigError
+from proteus_pipeline.stores.counts import count
 from proteus_pipeline.stores.redis_connection import Trip, connect, reason
 from proteus_pipeline.stores.redis_url import parse_url
 from proteus_pipeline.stores.sealed import FORMAT, Seal
@@ -62,6 +63,8 @@ class RedisClient:
         How many values were refused, since they were not what was put under their key.
     failures
         How many round trips failed.
+    unanswered
+        How many values could not be asked for.
 
     Raises
     ------
@@ -72,7 +75,7 @@ class RedisClient:
 
     def __init__(self, url: str, *, seal: Seal | None = None) -> None:
         self.place = parse_url(url)
-        self.rejected = self.failures = 0
+        self.rejected = self.failures = self.unanswered = 0
         self._seal = seal or Seal.of_environment()
         self._trip = Trip()
         if find_spec("redis") is None:
@@ -107,19 +110,26 @@ class RedisClient:
 
         """
         found: dict[str, memoryview] = {}
+        asked = came = 0
         for some in _batches(names):
             keys = [_key(kind, name) for name in some]
             values = self._ask(partial(_mget, keys), None)
             if values is None:
                 break
+            asked += len(some)
             for name, key, value in zip(some, keys, values, strict=False):
                 if value is None:
                     continue
+                came += len(value)
                 payload = self._seal.open(key, value) if len(value) <= MOST_BYTES else None
                 if payload is None:
                     self._reject()
                 else:
                     found[name] = payload
+        with self._lock:
+            self.unanswered += len(names) - asked
+        if came:
+            count("proteus_cache_fetched_bytes_total", came, cache="redis")
         return found
 
     def put_many(self, kind: str, values: Mapping[str, bytes], *, ttl: float) -> int:
@@ -149,6 +159,7 @@ class RedisClient:
             taken += done
             if not done:
                 break
+            count("proteus_cache_sent_bytes_total", sum(len(value) for _, value in some), cache="redis")
         return taken
 
     def delete(self, kind: str, names: Sequence[str]) -> bool:
@@ -160,8 +171,8 @@ class RedisClient:
 
         def add(r: Any) -> bool:
             pipe = r.pipeline(transaction=False)
-            for field, count in counts.items():
-                pipe.hincrby(_key("counters", name), field, count)
+            for field, number in counts.items():
+                pipe.hincrby(_key("counters", name), field, number)
             pipe.execute()
             return True
 

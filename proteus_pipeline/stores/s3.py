@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from proteus_pipeline.errors import StorageError
 from proteus_pipeline.stores import s3_access, s3_uploads
+from proteus_pipeline.stores.counts import count
 from proteus_pipeline.stores.files import TEMPORARY_PREFIX, storage_error
 from proteus_pipeline.stores.ranges import PART_BYTES, spans_of
 from proteus_pipeline.stores.s3_access import PATIENT, Bucket, Patience, parse_url
@@ -171,11 +172,13 @@ class S3Store:
     def _part(self, name: str, offset: int, nbytes: int) -> bytes:
         def some(there: Client) -> bytes:
             try:
-                return bytes(there.get_range(name, start=offset, length=nbytes))
+                data = bytes(there.get_range(name, start=offset, length=nbytes))
             except Exception as error:
                 if "status code: 416" in str(error):  # it ends before
                     return b""
                 raise
+            count("proteus_cache_fetched_bytes_total", len(data), cache="shared")
+            return data
 
         return self.ask("read", name, some)
 

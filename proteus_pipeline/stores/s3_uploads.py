@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from proteus_pipeline.errors import IntegrityError, StorageError
 from proteus_pipeline.stores import s3_access
+from proteus_pipeline.stores.counts import count
 from proteus_pipeline.stores.files import TEMPORARY_PREFIX, storage_error
 from proteus_pipeline.stores.ranges import PART_BYTES
 
@@ -25,6 +26,7 @@ _MOST_PARTS = 10_000
 # Below this a file is one request, which can say that it must not be there yet.
 _ONE_REQUEST = 16 << 20
 _ABORT_SECONDS = 3
+_SENT = "proteus_cache_sent_bytes_total"
 
 
 class Upload:
@@ -72,6 +74,7 @@ class Upload:
             raise
         if _etag(result) != expected and not self._same(size):
             raise _arrived_otherwise(store, name)
+        count(_SENT, size, cache="shared")
 
     def _size(self) -> int:
         try:
@@ -131,6 +134,7 @@ def put(store: S3Store, name: str, data: bytes, *, mode: str = "", arbitrated: b
             continue
         if _etag(result) != hashlib.md5(data, usedforsecurity=False).hexdigest() and store.read(name) != data:
             raise _arrived_otherwise(store, name)
+        count(_SENT, len(data), cache="shared")
         return True
 
 

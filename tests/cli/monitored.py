@@ -50,11 +50,12 @@ class Monitored:
         self.proteus("embed", str(self.fasta), *CHOICES, *words)
 
     def work(self) -> None:
-        """Register, conflict, roll back; compute, derive, hit, evict; find damage; load models and let them go."""
+        """Register, conflict, roll back; compute what a group lacks, derive, hit, evict; find damage; load models and let them go."""
         self.register("1.1.0", 1)
         self.register("1.0.0", 1, code=5)
         self.proteus("model", "rollback", "m@v1.0.0")
-        self.embed("embedding.pooling=per_residue")
+        (self.root.parent / "group" / "index").mkdir(parents=True)
+        self.embed("embedding.pooling=per_residue", "cache.shared=../group")
         self.embed()
         self.embed()
         self.embed("embedding.pooling=cls", "cache.max_bytes=1000")

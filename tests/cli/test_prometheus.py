@@ -27,6 +27,7 @@ VALUES = {
     "proteus_version_rollbacks_total": 1,
     'proteus_cache_requests_total{cache="embeddings",result="hit"}': 3,
     'proteus_cache_requests_total{cache="embeddings",result="miss"}': 3,
+    'proteus_cache_requests_total{cache="shared",result="miss"}': 3,
     'proteus_cache_limit_bytes{cache="embeddings"}': 1000,
     'proteus_cache_load_seconds_count{cache="models"}': 3,
     "up": 1,

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 from proteus_pipeline.cli.run import _table
-from proteus_pipeline.cli.stage import by_class, told
+from proteus_pipeline.cli.stage import told
 from proteus_pipeline.embeddings.embedder import Outcome
 from proteus_pipeline.stages.embed import summary
 from proteus_pipeline.stages.pipeline import RunSummary
+from proteus_pipeline.stages.wording import by_class
 
 OUTCOME = Outcome((), sequences=9, unique=8, hits=5, derived=1, computed=2, tokens=9, seconds=1.0, saved_seconds=0.0)
 
@@ -21,7 +22,10 @@ def test_an_outcome_is_a_sentence():
 
 
 def test_what_others_call_their_device_is_not_obeyed():
-    assert by_class({"\x1b[2Jcuda\n": 1}) == "1 of \\x1b[2Jcuda\\n"
+    hostile = replace(OUTCOME, other_classes={"\x1b[2Jcuda\n": 1})
+    assert told(hostile).endswith("; from other device classes: 1 of \\x1b[2Jcuda\\n")
+    table = _table(RunSummary({"embed": summary(hostile) | {"status": "run"}}, 1.0), "project")
+    assert "from other device classes: 1 of \\x1b[2Jcuda\\n" in table and "\x1b" not in table
 
 
 def test_many_or_long_names_do_not_fill_the_screen():

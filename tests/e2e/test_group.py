@@ -121,6 +121,8 @@ def test_a_version_and_embeddings_of_one_member_are_used_by_another_who_computes
     assert bob.counts() == (number, 0)
     assert bob.log["embed"]["other_classes"] == {GPU: number}
     assert f"embed used hits from other device classes: {number} of {GPU}" in told
+    page = (bob.root / "results/run.html").read_text()
+    assert f"embed used hits from other device classes: <bdi>{number} of {GPU}</bdi>." in page
     assert {e.device_class for e in read_manifest(bob.root / "results/embeddings.json").entries} == {GPU}
     told = bob.run("proteus", "embed", FASTA)
     assert f"{number} sequences: {number} hits, 0 derived, 0 computed" in told

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from clone import Clone
-from made_pages import HOSTILE, a_page
+from made_pages import HOSTILE, a_page, hostile_standing
 
-from proteus_pipeline.stages import standing
 from proteus_pipeline.stages.figures import Point
 from proteus_pipeline.stages.page import Page, render
 
@@ -313,23 +312,6 @@ def place_of_first(tab: Tab) -> tuple[float, float]:
     return place(
         tab, tab.evaluate("document.getElementById('plot-map').data[0].hovertext[0].slice(3).split('</b>')[0]")
     )
-
-
-def hostile_standing() -> standing.Standing:
-    moment = standing.Moment("2026-01-31 18:00:00", HOSTILE, HOSTILE, HOSTILE, HOSTILE, HOSTILE, HOSTILE)
-    recipe = dict.fromkeys(("layer", "pooling", "precision", "numerics", "stored", "trunk"), HOSTILE)
-    missed = {"id": HOSTILE, "differs": [HOSTILE], "nearest": recipe, "detail": HOSTILE}
-    counts = dict.fromkeys(("sequences", "unique", "hits", "derived", "computed"), 1)
-    stats = dict.fromkeys(("entries", "segments", "bytes", "raw_bytes", "hits", "derived", "misses"), 1)
-    run = standing.StageRun(
-        HOSTILE, "run", counts, device_class=HOSTILE, misses={HOSTILE: 1}, missed=[missed, {"id": 5}]
-    )
-    row = standing.VersionRow(HOSTILE, True, HOSTILE, HOSTILE, HOSTILE, HOSTILE, None, HOSTILE)
-    return standing.Standing(
-        HOSTILE, True, HOSTILE, 1.0, {HOSTILE: HOSTILE}, [run],
-        [standing.ModelHistory(HOSTILE, HOSTILE, [row], 1, [moment], 1)], [(HOSTILE, HOSTILE)],
-        standing.CacheState(stats, 5, HOSTILE, [(recipe, HOSTILE, 1, 1, HOSTILE)], 1, [moment]),
-    )  # fmt: skip
 
 
 def test_twenty_thousand_proteins_without_labels_or_candidate(browser: Browser, tmp_path: Path):

@@ -11,6 +11,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from proteus_pipeline import ModelCacheManager, ModelInterface, ModelVersionMana
 from proteus_pipeline.embeddings import cluster as clusters
 from proteus_pipeline.embeddings import dask_engine, shard_task
 from proteus_pipeline.embeddings.cache import EmbeddingCache
-from proteus_pipeline.embeddings.cluster import ClusterOptions
+from proteus_pipeline.embeddings.cluster import ClusterOptions, Running
 from proteus_pipeline.embeddings.embedder import embed
 from proteus_pipeline.embeddings.engine import Work
 from proteus_pipeline.embeddings.shard_task import Places, Task, Weights, compute_shard
@@ -259,6 +260,45 @@ def test_the_scheduler_is_killed_and_the_next_run_goes_on(bench: Bench, alone: d
     assert outcome.hits >= len(before)
     assert 1 <= outcome.workers <= len(cluster.workers)
     check_all_there_none_twice(bench, alone)
+
+
+class Lost:
+    """A future whose scheduler goes once its status was asked for: what it returned, or raised, can't be fetched any more."""
+
+    def __init__(self, status: str, error: BaseException | None) -> None:
+        self.status, self._error = status, error
+
+    def result(self) -> Any:
+        raise self._error or CancelledError
+
+    def exception(self) -> Any:
+        if self._error:
+            raise self._error
+
+
+@pytest.mark.parametrize("status", ["finished", "error", "cancelled", "lost"])
+@pytest.mark.parametrize(
+    "error", [CancelledError(), OSError("Timed out"), None], ids=["cancelled", "timeout", "nothing"]
+)
+def test_a_scheduler_that_goes_before_a_result_is_fetched_is_gone(status: str, error: BaseException | None):
+    run = dask_engine._Run(Running(None, lambda: None, "tls://node1:8786"), None, 1.0, None, [])  # type: ignore[arg-type]
+    with pytest.raises(ClusterError, match="the scheduler of tls://node1:8786 is gone; start it and its workers again"):
+        run._take(Lost(status, error), dask_engine._Shard(1, {}))  # type: ignore[arg-type]
+
+
+def test_a_result_that_was_lost_with_its_worker_and_failed_when_tried_again_is_a_failure():
+    class Again(Lost):
+        def result(self) -> Any:
+            self.status = "error"
+            return super().result()
+
+        def exception(self) -> Any:
+            return self._error
+
+    shard = dask_engine._Shard(1, {})
+    run = dask_engine._Run(Running(None, lambda: None, "x"), None, 1.0, None, [])  # type: ignore[arg-type]
+    run._take(Again("finished", OSError("no space")), shard)  # type: ignore[arg-type]
+    assert (shard.attempts, shard.why) == (1, "failed 1 times (OSError: no space)")
 
 
 def test_a_scheduler_that_hangs_ends_the_run(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -296,7 +296,7 @@ ARRAYS = st_numpy.arrays(
 
 
 @example(np.array([[1e-9], [-1e-9]], dtype=np.float32), "fp16", "fp16", "max")  # both are zeros when rounded
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(ARRAYS, st.sampled_from(STORED), st.sampled_from(STORED), st.sampled_from(("mean", "max", "per_residue")))
 def test_of_any_numbers_it_is_the_same_bits_or_a_miss(
     tmp_path_factory: pytest.TempPathFactory, array: np.ndarray, stored: str, had: str, pooling: str

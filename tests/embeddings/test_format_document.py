@@ -22,6 +22,7 @@ from proteus_pipeline.embeddings.events import make_event, write_event
 from proteus_pipeline.embeddings.index import RECORD
 from proteus_pipeline.embeddings.recipe import Recipe
 from proteus_pipeline.embeddings.segment import describe
+from proteus_pipeline.embeddings.usage import Use, _came_to
 from proteus_pipeline.identity import digests
 from proteus_pipeline.identity.encoding import encode
 
@@ -154,7 +155,8 @@ def test_the_document_names_every_field(tmp_path: Path):
     (path,) = (tmp_path / "seg").iterdir()
     names += [*describe(path).attributes["proteus"]]
     EmbeddingCache(tmp_path).record_use(1, 2, 3)
-    names += [*json.loads((tmp_path / "uses.jsonl").read_text())]
+    head, line = _came_to([Use(1.0, 1, 2, 3, {"a.zip": 1})], ["a.zip"]).splitlines()
+    names += [*json.loads((tmp_path / "uses.jsonl").read_text()), *json.loads(head), *json.loads(line)]
     assert [name for name in names if f"`{name}`" not in DOCUMENT] == []
     offsets = [RECORD.fields[name][1] for name in RECORD.names]
     sizes = [RECORD.fields[name][0].itemsize for name in RECORD.names]

@@ -389,7 +389,7 @@ def unflushed() -> Iterator[None]:
         yield
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(history=st.lists(OPERATIONS, max_size=25))
 def test_whatever_happened_find_returns_what_a_dict_says(
     tmp_path_factory: pytest.TempPathFactory, history: list[tuple]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from proteus_pipeline.identity.encoding import encode
@@ -52,13 +52,11 @@ def typed(value: object) -> object:
     return type(value), value
 
 
-@settings(deadline=None)
 @given(VALUES)
 def test_an_encoding_reads_back_as_the_value(value: object):
     assert typed(decode(encode(value))) == typed(value)
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.text(), st.integers()), unique_by=lambda pair: pair[0]), st.randoms())
 def test_the_order_in_which_a_mapping_was_filled_does_not_enter(pairs: list[tuple[str, int]], rng: object):
     assert encode(dict(rng.sample(pairs, len(pairs)))) == encode(dict(pairs))

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import pytest
 from gto.constants import tag_re
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from proteus_pipeline.errors import InvalidVersionError
@@ -38,7 +38,6 @@ def test_bad_names_are_refused_in_one_short_line(name: str):
     assert caught.value.exit_code == 2
 
 
-@settings(deadline=None)
 @given(st.from_regex(r"[A-Za-z0-9/_.@~^ -]{1,12}", fullmatch=True))
 def test_a_name_that_passes_is_a_tag_that_git_and_gto_take(name: str):
     try:
@@ -135,7 +134,6 @@ def test_bad_versions_are_refused_with_the_nearest_good_one(text: str, nearest: 
     assert len(str(caught.value)) < 300
 
 
-@settings(deadline=None)
 @given(st.text(max_size=30) | st.from_regex(r"v?[0-9٣.x+-]{0,12}\n?", fullmatch=True))
 def test_any_text_is_a_version_or_an_error_that_names_a_version(text: str):
     try:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proteus_pipeline.metrics.catalogue import CATALOGUE
@@ -12,8 +12,7 @@ from proteus_pipeline.metrics.lines import increments, of_line, series, to_line,
 HITS = "proteus_cache_requests_total"
 LOADS = "proteus_cache_load_seconds"
 COUNTED = sorted(name for name, metric in CATALOGUE.items() if metric.kind != "gauge" and metric.known)
-# Another process may take this one's core for seconds.
-unhurried = settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow])
+fewer = settings(max_examples=50)
 # Written by the first release of the format: what it says is what every later one reads.
 GOLDEN = b'6936f37c [["proteus_cache_requests_total",{"cache":"models","result":"hit"},3]]\n'
 
@@ -31,7 +30,7 @@ def test_a_line_is_what_it_was_in_the_first_release():
     assert dict(of_line(GOLDEN.rstrip())) == {series(HITS, {"result": "hit", "cache": "models"}): 3}
 
 
-@unhurried
+@fewer
 @given(st.lists(counted(), max_size=30), st.integers(0, 30))
 def test_a_file_and_its_sums_say_the_same_wherever_it_is_compacted(parts: list[dict], at: int):
     lines = [to_line(part) for part in parts]
@@ -40,7 +39,7 @@ def test_a_file_and_its_sums_say_the_same_wherever_it_is_compacted(parts: list[d
     assert totals(compacted) == whole, "to the last bit: else a counter could fall"
 
 
-@unhurried
+@fewer
 @given(st.lists(counted(), min_size=1, max_size=5), st.data())
 def test_a_flipped_bit_loses_one_line_and_makes_no_number(parts: list[dict], data: st.DataObject):
     lines = [to_line(part) for part in parts]
@@ -54,7 +53,7 @@ def test_a_flipped_bit_loses_one_line_and_makes_no_number(parts: list[dict], dat
     assert totals(b"".join([*lines[:which], bytes(damaged), *lines[which + 1 :]])) == expected
 
 
-@unhurried
+@fewer
 @given(st.lists(counted(), min_size=1, max_size=4), st.data())
 def test_a_line_that_was_cut_short_takes_no_other_along(parts: list[dict], data: st.DataObject):
     last = to_line(parts[-1])
@@ -77,7 +76,7 @@ def test_a_sound_line_that_says_what_no_count_says_is_passed_over(text: str):
     assert totals(f"{zlib.crc32(text.encode()):08x} {text}\n".encode()) == {}
 
 
-@unhurried
+@fewer
 @given(st.binary(max_size=200))
 def test_bytes_that_are_no_lines_are_no_counts(data: bytes):
     assert totals(data) == {}

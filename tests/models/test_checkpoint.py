@@ -33,7 +33,7 @@ def with_bit_flipped(checkpoint: Checkpoint, name: str, bit: int) -> Checkpoint:
 
 
 @pytest.mark.parametrize("name", sorted(TINY.tensors))
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(bit=st.integers(0, 1 << 30))
 def test_one_changed_bit_of_any_tensor_changes_the_trunk_digest(name: str, bit: int):
     assert with_bit_flipped(TINY, name, bit).trunk_digest != TINY.trunk_digest

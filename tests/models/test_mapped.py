@@ -154,7 +154,7 @@ def test_threads_that_touch_one_tensor_get_one_that_is_checked(stored: Path, mod
             assert torch.equal(tensors[0], model.tensors[name])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_a_flipped_bit_of_any_file_gives_the_written_tensors_or_none(
     stored: Path, model: Checkpoint, data: st.DataObject

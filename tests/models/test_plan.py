@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from itertools import pairwise
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from proteus_pipeline.models.plan import plan_batches
@@ -14,20 +14,17 @@ LENGTHS = st.lists(st.integers(3, 400), max_size=120)
 BUDGETS = st.integers(1, 1000)
 
 
-@settings(deadline=None)
 @given(LENGTHS, BUDGETS)
 def test_each_index_is_there_once(lengths: list[int], budget: int):
     assert sorted(i for batch in plan_batches(lengths, budget) for i in batch) == list(range(len(lengths)))
 
 
-@settings(deadline=None)
 @given(LENGTHS, BUDGETS)
 def test_the_budget_holds_but_for_a_sequence_that_is_longer_alone(lengths: list[int], budget: int):
     for batch in plan_batches(lengths, budget):
         assert sum(lengths[i] for i in batch) <= budget or len(batch) == 1
 
 
-@settings(deadline=None)
 @given(LENGTHS, BUDGETS)
 def test_no_two_batches_would_fit_in_one(lengths: list[int], budget: int):
     loads = sorted(sum(lengths[i] for i in batch) for batch in plan_batches(lengths, budget))
@@ -36,7 +33,6 @@ def test_no_two_batches_would_fit_in_one(lengths: list[int], budget: int):
     assert len(loads) <= max(1, 2 * sum(lengths) / budget)
 
 
-@settings(deadline=None)
 @given(LENGTHS, BUDGETS)
 def test_batches_come_longest_member_first(lengths: list[int], budget: int):
     plan = [[lengths[i] for i in batch] for batch in plan_batches(lengths, budget)]
@@ -44,7 +40,6 @@ def test_batches_come_longest_member_first(lengths: list[int], budget: int):
     assert all(a[0] >= b[0] for a, b in pairwise(plan))
 
 
-@settings(deadline=None)
 @given(LENGTHS, BUDGETS, st.randoms(use_true_random=False))
 def test_the_lengths_of_the_batches_do_not_depend_on_the_order(lengths: list[int], budget: int, rng: random.Random):
     shuffled = rng.sample(lengths, len(lengths))

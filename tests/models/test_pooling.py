@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -22,7 +22,6 @@ def bits(array: np.ndarray) -> bytes:
     return array.tobytes()
 
 
-@settings(deadline=None)
 @given(HIDDEN)
 def test_the_mean_is_the_exact_mean_of_residues_rounded(hidden: np.ndarray):
     for column, got in enumerate(pool(hidden, "mean")):
@@ -34,7 +33,6 @@ def test_the_mean_is_the_exact_mean_of_residues_rounded(hidden: np.ndarray):
         )
 
 
-@settings(deadline=None)
 @given(HIDDEN)
 def test_the_other_poolings_are_rows_and_maxima(hidden: np.ndarray):
     assert bits(pool(hidden, "cls")) == bits(hidden[0])
@@ -42,7 +40,6 @@ def test_the_other_poolings_are_rows_and_maxima(hidden: np.ndarray):
     assert pool(hidden, "max").tolist() == [max(hidden[1:-1, c].tolist()) for c in range(hidden.shape[1])]
 
 
-@settings(deadline=None)
 @given(HIDDEN)
 def test_stored_residues_pool_to_the_same_bits(hidden: np.ndarray):
     residues = pool(hidden, "per_residue")

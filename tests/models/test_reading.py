@@ -129,7 +129,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, byt
 
 
 @pytest.mark.parametrize("kind", ["pt", "bin", "old", "safetensors", "config", "index"])
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(part=st.floats(0, 1, exclude_max=True))
 def test_a_truncated_file_is_a_model_error(whole: dict[str, tuple[Path, bytes]], kind: str, part: float):
     path, data = whole[kind]

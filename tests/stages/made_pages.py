@@ -7,6 +7,7 @@ import json
 
 import numpy as np
 
+from proteus_pipeline.stages import standing
 from proteus_pipeline.stages.contacts import ContactMap
 from proteus_pipeline.stages.drift import drift, summarise
 from proteus_pipeline.stages.figures import Point
@@ -93,3 +94,26 @@ def a_page(task="classification", rename=str, relabel=str):
         drifts=drifts,
         contacts=[ContactMap(ids[0], texts[0], ((1, 9, 80), (2, 20, 7))), ContactMap(ids[1], texts[1], ())],
     )
+
+
+def hostile_standing() -> standing.Standing:
+    moment = standing.Moment("2026-01-31 18:00:00", HOSTILE, HOSTILE, HOSTILE, HOSTILE, HOSTILE, HOSTILE)
+    recipe = dict.fromkeys(("layer", "pooling", "precision", "numerics", "stored", "trunk"), HOSTILE)
+    missed = {"id": HOSTILE, "differs": [HOSTILE], "nearest": recipe, "detail": HOSTILE}
+    counts = dict.fromkeys(("sequences", "unique", "hits", "derived", "computed"), 1)
+    stats = dict.fromkeys(("entries", "segments", "bytes", "raw_bytes", "hits", "derived", "misses"), 1)
+    run = standing.StageRun(
+        HOSTILE,
+        "run",
+        counts,
+        device_class=HOSTILE,
+        misses={HOSTILE: 1},
+        missed=[missed, {"id": 5}],
+        other_classes={HOSTILE: 1},
+    )
+    row = standing.VersionRow(HOSTILE, True, HOSTILE, HOSTILE, HOSTILE, HOSTILE, None, HOSTILE)
+    return standing.Standing(
+        HOSTILE, True, HOSTILE, 1.0, {HOSTILE: HOSTILE}, [run],
+        [standing.ModelHistory(HOSTILE, HOSTILE, [row], 1, [moment], 1)], [(HOSTILE, HOSTILE)],
+        standing.CacheState(stats, 5, HOSTILE, [(recipe, HOSTILE, 1, 1, HOSTILE)], 1, [moment]),
+    )  # fmt: skip

@@ -12,10 +12,10 @@ import plotly.graph_objects as go
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from made_pages import HOSTILE, Reader, a_page, words
+from made_pages import HOSTILE, Reader, a_page, hostile_standing, words
 from plotly.offline import get_plotlyjs
 
-from proteus_pipeline.stages import figures, wording
+from proteus_pipeline.stages import figures, standing, wording
 from proteus_pipeline.stages import page as module
 from proteus_pipeline.stages.drift import Drift, summarise
 from proteus_pipeline.stages.figures import COLOURS, Point
@@ -134,6 +134,26 @@ def test_only_times_that_there_are_have_columns(classified):
     assert module._times(now) == {}
     now.runs.append(StageRun("compare", "run", saved_seconds=0.4, gpu_seconds=1.0))
     assert module._times(now) == {"saved_seconds": "Time saved", "gpu_seconds": "GPU time"}
+
+
+def test_it_says_which_stages_used_hits_of_other_device_classes(classified):
+    now = hostile_standing()
+    runs = [
+        StageRun("embed", "run", other_classes={"cuda/sm_90": 4, "</bdi><img>": 1}),
+        StageRun("probe", "run"),
+        StageRun("compare", "unchanged", other_classes={"cpu/other": 2}),
+    ]
+    page = Reader(render(replace(classified, standing=replace(now, runs=runs))))
+    assert "embed used hits from other device classes: 4 of cuda/sm_90, 1 of </bdi><img>. compare used" in words(page)
+    assert "compare used hits from other device classes: 2 of cpu/other." in words(page)
+    assert not page.all("img")
+    without = render(replace(classified, standing=replace(now, runs=[StageRun("embed", "run")])))
+    assert "device class" not in without
+
+
+def test_a_runs_log_that_was_edited_names_no_classes():
+    assert standing._run("embed", {"other_classes": ["cuda"]}).other_classes == {}
+    assert standing._run("embed", {"other_classes": {"cuda/sm_90": 4}}).other_classes == {"cuda/sm_90": 4}
 
 
 def test_the_confusion_matrix_counts_the_predictions(classified):

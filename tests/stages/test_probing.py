@@ -65,7 +65,7 @@ def test_random_vectors_of_the_demo_proteins_score_near_chance_and_composition_a
     assert len(result.predictions) == 100
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(st.permutations(range(30)), st.permutations(range(30)), st.booleans())
 def test_neither_order_nor_names_matter(order, names, grouped):
     ids, vectors, texts, targets = labelled(30)
@@ -104,7 +104,7 @@ def test_unlabelled_records_change_nothing():
     assert probe(ids, vectors, texts, few | {"elsewhere": "a"}, {}, SETTINGS) == alone
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(st.lists(st.integers(0, 7), min_size=24, max_size=24), st.sampled_from(["classification", "regression"]))
 def test_a_group_is_never_split(numbers, task):
     ids, vectors, texts, _ = labelled(24)

@@ -17,7 +17,7 @@ import pytest
 
 from proteus_pipeline.errors import StorageError
 from proteus_pipeline.metrics.lines import increments, series
-from proteus_pipeline.stores import counts
+from proteus_pipeline.stores import counts, files
 from proteus_pipeline.stores.counts import NAME, CountsFile, add, collecting, count, counting
 
 TOKENS = "proteus_embedding_tokens_total"
@@ -138,7 +138,7 @@ def test_without_locks_counts_are_added_and_nothing_is_replaced(tmp_path: Path, 
 
 
 def test_who_was_stopped_with_the_lock_stops_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(counts, "_PATIENCE", 0.05)
+    monkeypatch.setattr(files, "_PATIENCE", 0.05)
     CountsFile(tmp_path).add(ONE)
     holder = os.open(tmp_path, os.O_RDONLY)
     fcntl.flock(holder, fcntl.LOCK_EX)
