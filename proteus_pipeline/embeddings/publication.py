@@ -143,12 +143,12 @@ class Publication:
         attributes |= {"stored": self._recipe.stored, "attestation": asdict(attestation)} | more
         try:
             placed, starts = self._writer.finish(self._width, {"proteus": attributes})
-            nbytes, digest = digest_of(self._file.path)
         except OSError as error:
             raise self._failed(error) from error
+        starts = starts if self._layout == "per_residue" else []
         header = SegmentHeader(
-            f"{self.name}.zip", nbytes, self._layout, self._recipe.stored, self._width, self._trunk, described,
-            attestation, len(placed), tuple(starts) if self._layout == "per_residue" else (), digest,
+            f"{self.name}.zip", self._writer.nbytes, self._layout, self._recipe.stored, self._width, self._trunk,
+            described, attestation, len(placed), tuple(starts), self._writer.digest,
         )  # fmt: skip
         records = to_records(placed, self._writer.lengths, self._writer.contents)
         self._file.publish()
@@ -165,8 +165,8 @@ class Publication:
 
     def discard(self) -> None:
         """Forget it; does nothing after `publish`."""
-        with suppress(OSError, ValueError, AttributeError):  # full, closed, or not even begun
-            self._writer.close()
+        with suppress(AttributeError):  # not even begun
+            self._writer.discard()
         self._file.discard()
 
     def _failed(self, error: OSError) -> StorageError:

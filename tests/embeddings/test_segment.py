@@ -24,6 +24,12 @@ def files(folder: Path) -> tuple[Path, Path]:
     return segment, index
 
 
+def blocks(path: Path, place: Placed) -> int:
+    """Return how many blocks a chunk of blosc has, by its header."""
+    nbytes, block = np.frombuffer(path.read_bytes(), "<u4", 2, place.offset + 4).tolist()
+    return -(-nbytes // block)
+
+
 def written(path: Path, made: Made, attributes: dict[str, object]) -> list[Placed]:
     stored = made.recipe.stored
     pooled = made.recipe.pooling != "per_residue"
@@ -81,14 +87,17 @@ def test_places_are_where_the_entries_lie(tmp_path: Path, pooling: str, stored: 
 
 
 @pytest.mark.parametrize("stored", ["fp32", "fp16", "bf16"])
-def test_chunks_of_one_block_are_blosc_like_any_other(tmp_path: Path, stored: str):
-    """Larger entries, whose chunks are put together here: noise, numbers that compress, an odd number of residues, zeros."""
+def test_chunks_made_here_are_blosc_like_any_other(tmp_path: Path, stored: str):
+    """Of one block and of several: noise, numbers that compress, an odd number of residues, zeros, a prime of rows."""
     import tensorstore
     import zarr
 
     rng = np.random.default_rng(0)
     values = {"a" * 32: rng.standard_normal((301, 96)), "b" * 32: np.full((64, 96), 0.5), "c" * 32: np.zeros((99, 96))}
     values["d" * 32] = np.frombuffer(rng.bytes(200 * 96), np.uint8).reshape(200, 96) / 256
+    # Each byte is tried in the first block, and compresses there alone.
+    values["e" * 32] = np.concatenate([np.zeros((776, 96)), rng.standard_normal((3104, 96))])
+    values["f" * 32] = rng.standard_normal((7919, 96))
     arrays = {key: to_stored(value.astype(np.float32), stored) for key, value in values.items()}
     lengths = [len(array) for array in arrays.values()]
     path = tmp_path / "s.zip"
@@ -103,6 +112,8 @@ def test_chunks_of_one_block_are_blosc_like_any_other(tmp_path: Path, stored: st
         opened = tensorstore.open({"driver": "zarr3", "kvstore": base | {"path": f"{key}/"}}).result()
         np.testing.assert_array_equal(opened.read().result(), array)
     assert placed[2].nbytes < 500  # zeros
+    assert blocks(path, placed[0]) == 1
+    assert blocks(path, placed[4]) > 4
 
 
 def test_what_a_damaged_segment_says_of_itself_is_not_believed(tmp_path: Path):
