@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 from proteus_pipeline.models.attention import Heads
 from proteus_pipeline.models.device import has_bf16, matmul_rate
+from proteus_pipeline.models.encoder import CPU_TILES, GPU_TILE
 from proteus_pipeline.models.products import Bf16Product, Fp32Product, PackedBf16Product, Product, can_pack
+from proteus_pipeline.models.workers import Steps
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +27,8 @@ class Batch:
     ----------
     lengths, rows
         Tokens of each sequence, and where they lie.
+    tiles
+        The rows that are computed at a time.
     x
         (T, D), the residual.
     qkv, context
@@ -41,6 +46,7 @@ class Batch:
 
     lengths: list[int]
     rows: list[slice]
+    tiles: list[slice]
     x: torch.Tensor
     qkv: torch.Tensor
     context: torch.Tensor
@@ -79,21 +85,24 @@ class Arithmetic:
         The dtype of what passes from one operation to the next.
     heads
         An architecture's heads, in the dtype that attention is computed in.
+    tiles
+        How many rows tiles have, the fewest first: in strict numerics a sequence lies in those that its own length asks for.
 
     """
 
-    def __init__(self, architecture: Architecture, precision: str, device: str, tile: int) -> None:
+    def __init__(self, architecture: Architecture, precision: str, device: str) -> None:
         import torch
 
         self.architecture = architecture
         self.device = device
-        self._tile = tile
         self._precision = precision
         self._on_cpu = device == "cpu"
         self._native = not self._on_cpu or has_bf16()
         # Rounding what attention starts from and gives costs the real 8M weights a cosine of 0.998 in the worst residue, and is
         # a third of the products; with the feed-forward's alone in bf16 it is 0.9998 (benchmarks/encoder_vs_peers.py).
         self.between = torch.bfloat16 if precision == "bf16" else torch.float32
+        # Weights of bf16 are laid out for one number of rows.
+        self.tiles = (GPU_TILE,) if not self._on_cpu else CPU_TILES if precision == "fp32" else CPU_TILES[-1:]
         halves = {"fp32": torch.float32, "mixed": torch.float16, "bf16": torch.bfloat16}
         attends = halves[precision] if not self._on_cpu else self.between if self._native else torch.float32
         self.heads = Heads(architecture.heads, architecture.head_width, attends)
@@ -108,16 +117,23 @@ class Arithmetic:
         )
         return Norm(weight, bias, float(self.architecture.layer_norm_eps))
 
-    def product(self, weight: torch.Tensor, bias: torch.Tensor, *, exact: bool = False, gelu: bool = False) -> Product:
-        """Return the product with a weight and a bias, in this precision, or in fp32 where `exact` can be had."""
+    def product(
+        self, weight: Iterable[torch.Tensor], bias: Iterable[torch.Tensor], *, exact: bool = False, gelu: bool = False
+    ) -> Product:
+        """Return the product with a weight and a bias, in this precision, or in fp32 where `exact` can be had.
+
+        The weight is (..., in) pieces, and the bias as many of its own, which lie one below the other.
+        """
         import torch
 
-        weight, bias = (t.to(self.device, torch.float32) for t in (weight, bias))
+        offset = torch.cat([t.to(self.device, torch.float32).reshape(-1) for t in bias])
+        pieces = (t.to(self.device, torch.float32) for t in weight)
         if self._precision == "fp32" or (exact and self._precision == "mixed" and self._on_cpu):
-            return Fp32Product(weight, bias, gelu=gelu)
+            return Fp32Product(pieces, offset, gelu=gelu)
+        joined = torch.cat([t.reshape(-1, t.shape[-1]) for t in pieces])
         if self._on_cpu and self._native and can_pack():
-            return PackedBf16Product(weight, bias, self._tile, gelu=gelu)
-        return Bf16Product(weight, bias, native=self._native, gelu=gelu)
+            return PackedBf16Product(joined, offset, self.tiles[-1], gelu=gelu)
+        return Bf16Product(joined, offset, native=self._native, gelu=gelu)
 
     def peak(self) -> float:
         """Return the rate of one large matrix product here and now, in this precision, FLOP/s."""
@@ -130,24 +146,26 @@ class Arithmetic:
 class Block:
     """One transformer block: what comes before its attention, and what comes after, for a tile of rows."""
 
-    def __init__(self, arithmetic: Arithmetic, tensors: dict[str, torch.Tensor]) -> None:
-        import torch
-
+    def __init__(self, arithmetic: Arithmetic, tensors: Mapping[str, torch.Tensor]) -> None:
         self._arithmetic = arithmetic
         a = arithmetic.architecture
         self._norm1 = arithmetic.norm(tensors, "attention.LayerNorm")
         self._norm2 = arithmetic.norm(tensors, "LayerNorm")
-        # A head's row i and row i + head_width / 2 are rotated together: one becomes the real part, the other the imaginary.
-        pairs = torch.arange(a.width).view(a.heads, 2, a.head_width // 2).transpose(1, 2).reshape(-1)
-        queries, keys, values = (_tensors(tensors, f"attention.self.{n}") for n in ("query", "key", "value"))
-        weight, bias = (
-            torch.cat([q.float()[pairs], k.float()[pairs], v.float()])
-            for q, k, v in zip(queries, keys, values, strict=True)
-        )
-        self._qkv = arithmetic.product(weight, bias, exact=True)
-        self._out = arithmetic.product(*_tensors(tensors, "attention.output.dense"), exact=True)
-        self._up = arithmetic.product(*_tensors(tensors, "intermediate.dense"), gelu=True)
-        self._down = arithmetic.product(*_tensors(tensors, "output.dense"))
+
+        def projections(part: str) -> Iterator[torch.Tensor]:
+            # A head's row i and row i + head_width / 2 are rotated together: one becomes the real part, the other the imaginary.
+            for name in ("query", "key"):
+                rows = tensors[f"attention.self.{name}.{part}"]
+                yield rows.view(a.heads, 2, a.head_width // 2, *rows.shape[1:]).transpose(1, 2)
+            yield tensors[f"attention.self.value.{part}"]
+
+        def dense(name: str) -> tuple[Iterator[torch.Tensor], Iterator[torch.Tensor]]:
+            return (tensors[f"{name}.weight"] for _ in "1"), (tensors[f"{name}.bias"] for _ in "1")
+
+        self._qkv = arithmetic.product(projections("weight"), projections("bias"), exact=True)
+        self._out = arithmetic.product(*dense("attention.output.dense"), exact=True)
+        self._up = arithmetic.product(*dense("intermediate.dense"), gelu=True)
+        self._down = arithmetic.product(*dense("output.dense"))
         self.frequencies = tensors["attention.self.rotary_embeddings.inv_freq"].float().cpu().numpy().tobytes()
 
     @property
@@ -156,24 +174,44 @@ class Block:
         parts = (self._norm1, self._norm2, self._qkv, self._out, self._up, self._down)
         return sum(part.nbytes for part in parts)
 
-    def project(self, batch: Batch, rows: slice) -> None:
+    def project(self, batch: Batch, rows: slice) -> Steps:
         """Write a tile's queries and keys, rotated, and its values."""
+        normed: list[torch.Tensor] = []
+        yield [lambda: normed.append(self._norm1(batch.x[rows].float()))]
+        yield _written(self._qkv, normed[0], batch.qkv[rows])
+        yield [partial(self._rotate, batch, rows)]
+
+    def finish(self, batch: Batch, rows: slice) -> Steps:
+        """Add a tile's attention to its residual, and then what the feed-forward makes of it."""
+        x, up = batch.x[rows], self._up
+        normed: list[torch.Tensor] = []
+        wide: list[torch.Tensor] = []
+        yield _added(self._out, x, batch.context[rows])
+        yield [lambda: normed.append(self._norm2(x.float()))]
+        if isinstance(up, Fp32Product):
+            wide.append(up.room(normed[0]))
+            yield up.parts(normed[0], wide[0])
+        else:
+            yield [lambda: wide.append(up(normed[0]))]
+        yield _added(self._down, x, wide[0])
+
+    def _rotate(self, batch: Batch, rows: slice) -> None:
         import torch
 
         width = self._arithmetic.architecture.width
-        qkv = self._qkv(self._norm1(batch.x[rows].float()), batch.qkv[rows])
+        qkv = batch.qkv[rows]
         rotated = qkv[:, : 2 * width].float()  # in fp32, qkv itself
         pairs = torch.view_as_complex(rotated.view(-1, 2, width // 2, 2))
         pairs *= batch.angles[self.frequencies][rows].unsqueeze(1)
         if rotated.dtype != qkv.dtype:
             qkv[:, : 2 * width] = rotated
 
-    def finish(self, batch: Batch, rows: slice) -> None:
-        """Add a tile's attention to its residual, and then what the feed-forward makes of it."""
-        x = batch.x[rows]
-        self._out.add_to(x, batch.context[rows])
-        self._down.add_to(x, self._up(self._norm2(x.float())))
+
+def _written(product: Product, x: torch.Tensor, out: torch.Tensor) -> Sequence[Callable[[], object]]:
+    return product.parts(x, out) if isinstance(product, Fp32Product) else [partial(product, x, out)]
 
 
-def _tensors(tensors: dict[str, torch.Tensor], name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    return tensors[f"{name}.weight"], tensors[f"{name}.bias"]
+def _added(product: Product, residual: torch.Tensor, x: torch.Tensor) -> Sequence[Callable[[], object]]:
+    return (
+        product.parts_added(residual, x) if isinstance(product, Fp32Product) else [partial(product.add_to, residual, x)]
+    )

@@ -12,7 +12,7 @@ Two rules make equal models equal:
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -134,11 +134,26 @@ class Checkpoint:
         if isinstance(self.tensors, KnownTensors):
             self.tensors.let_go()
 
-    def layer(self, index: int) -> dict[str, torch.Tensor]:
-        """Return one block's tensors, by their names within the block."""
-        prefix = _LAYER.format(index)
-        # By name, and not over the items: that would read every tensor of the model.
-        return {name.removeprefix(prefix): self.tensors[name] for name in self.tensors if name.startswith(prefix)}
+    def layer(self, index: int) -> Mapping[str, torch.Tensor]:
+        """Return one block's tensors, by their names within the block; each is read when it is touched."""
+        return _Under(self.tensors, _LAYER.format(index))
+
+
+class _Under(Mapping[str, "torch.Tensor"]):
+    """Those tensors whose names begin in one way, by the rest of their names."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], prefix: str) -> None:
+        self._tensors, self._prefix = tensors, prefix
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._tensors[self._prefix + name]
+
+    def __iter__(self) -> Iterator[str]:
+        # Over the names, and not the items: that would read every tensor of the model.
+        return (name.removeprefix(self._prefix) for name in self._tensors if name.startswith(self._prefix))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
 
 
 def component_digests(architecture: Architecture, tensor_digests: Mapping[str, str]) -> dict[str, str]:

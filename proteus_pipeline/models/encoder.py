@@ -21,10 +21,14 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-ENGINE_REVISION = 3  # part of every embedding key: raised only when an encoder's golden bits change
+# Part of every embedding key: raised only when an encoder's golden bits change, or may have on a CPU that was not at hand.
+ENGINE_REVISION = 4
 PRECISIONS = ("fp32", "mixed", "bf16")
 NUMERICS = ("strict", "tolerant")
-ROW_TILE = 256  # rows of a tile: 256 wastes little on short jobs, and a tile of 8M's widest matrix is 1.3 MB
+# Rows of a tile: 256 waste little on short jobs, and a tile of 8M's widest matrix is 1.3 MB. A sequence that fits in fewer
+# lies in a smaller one, alone or with its like.
+CPU_TILES = (48, 96, 256)
+GPU_TILE = 4096  # a GPU needs more rows at once to be busy
 TOKENS_PER_BATCH = 2048  # enough that products are large, few enough that a batch stays small
 # By the family that an architecture says it is of.
 FAMILIES = {"esm2": "proteus_pipeline.models.esm2:Esm2Encoder"}
@@ -173,10 +177,10 @@ def activation_bytes(
     if not lengths:
         return 0
     longest, total = max(lengths) + 2, sum(lengths) + 2 * len(lengths)
-    under_way = min(max(tokens, longest) * (threads + 1), total) + ROW_TILE
+    under_way = min(max(tokens, longest) * (threads + 1), total) + sum(CPU_TILES)
     head = 4 * longest * longest
     maps = 5 * threads * max(head, min(architecture.heads * head, PROBABILITY_BYTES)) if attention else 0
-    tiles = 12 * architecture.ffn_width * ROW_TILE * threads
+    tiles = 12 * architecture.ffn_width * CPU_TILES[-1] * threads
     tables = 8 * architecture.width * longest
     return 48 * architecture.width * under_way + tables + tiles + maps
 

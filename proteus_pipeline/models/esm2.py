@@ -1,9 +1,10 @@
 """A packed ESM-2 encoder: no padding between sequences, and the same bits in every company.
 
 All sequences of a batch lie back to back in one (tokens, width) matrix; attention runs on each sequence's own rows. In
-``strict`` numerics every matrix product is taken over tiles of exactly ``ROW_TILE`` rows, so that a BLAS library sees
-one shape whatever shares the batch, and a row's result is a function of that row alone; and on a CPU every operation runs
-in one thread, so that thread counts can't enter. ``tolerant`` takes what rows there are.
+``strict`` numerics every matrix product is taken over tiles of a number of rows that a sequence's own length decides, and over
+columns in parts that are always the same, so that a BLAS library sees one shape whatever shares the batch, and a row's result
+is a function of that row alone; and on a CPU every operation runs in one thread, so that thread counts can't enter.
+``tolerant`` takes what rows there are.
 
 Tiles serve speed as well: what a block does to one between two attentions stays in a core's own cache.
 
@@ -28,10 +29,10 @@ from proteus_pipeline.errors import CacheMemoryError, ConfigError, ModelError
 from proteus_pipeline.models.attention import attend, attend_together, probabilities
 from proteus_pipeline.models.blocks import Arithmetic, Batch, Block
 from proteus_pipeline.models.checkpoint import EMBEDDING, Checkpoint
-from proteus_pipeline.models.encoder import ROW_TILE, TOKENS_PER_BATCH, Encoded, Outputs
+from proteus_pipeline.models.encoder import CPU_TILES, TOKENS_PER_BATCH, Encoded, Outputs
 from proteus_pipeline.models.heads import ContactHead, LanguageHead
-from proteus_pipeline.models.plan import plan_batches
-from proteus_pipeline.models.workers import Share, Workers, in_turn, thread_count, workers
+from proteus_pipeline.models.plan import plan_batches, plan_in_tiles, plan_tiles
+from proteus_pipeline.models.workers import Alone, Crew, Workers, do_all, thread_count, workers
 
 if TYPE_CHECKING:
     import torch
@@ -40,9 +41,8 @@ if TYPE_CHECKING:
     from proteus_pipeline.models.architecture import Architecture
 
 _BATCHES_EACH = 4
-_LEAST_TOKENS = 2 * ROW_TILE
+_LEAST_TOKENS = 2 * CPU_TILES[-1]
 _TABLE_ROWS = 1024  # of a rotary table, at least
-_GPU_TILE = 4096  # a GPU needs more rows at once to be busy
 # ESM-2 was trained with 15% of tokens chosen, 80% of those masked (esm/model/esm2.py).
 _KEPT_IN_TRAINING = 1 - 0.15 * 0.8
 
@@ -71,8 +71,7 @@ class Esm2Encoder:
         self._strict = strict
         self._on_cpu = device == "cpu"
         self._heads_of = checkpoint.heads()
-        self._tile = ROW_TILE if self._on_cpu else _GPU_TILE
-        self._arithmetic = Arithmetic(a, precision, device, self._tile)
+        self._arithmetic = Arithmetic(a, precision, device)
         self.heads = self._arithmetic.heads
         self._together = not self._on_cpu and self.heads.compute != torch.float32 and _has_varlen(device)
         self._tokens = _token_table(a)
@@ -118,31 +117,33 @@ class Esm2Encoder:
         run = partial(self._run, sequences, outputs)
         if not self._on_cpu:
             for batch in plan_batches(lengths, token_budget):
-                yield from run(in_turn, batch)
+                yield from run(Alone(), batch)
             return
         count = thread_count()
         # Several batches for each thread, where there is work for that: the threads end at about the same time.
-        share = -(-sum(lengths) // (_BATCHES_EACH * count * ROW_TILE)) * ROW_TILE
-        batches = plan_batches(lengths, min(token_budget, max(share, _LEAST_TOKENS)))
+        share = -(-sum(lengths) // (_BATCHES_EACH * count * CPU_TILES[-1])) * CPU_TILES[-1]
+        budget = min(token_budget, max(share, _LEAST_TOKENS))
+        tiles = self._arithmetic.tiles if self._strict else self._arithmetic.tiles[-1:]
+        batches = plan_in_tiles(lengths, budget, tiles)
         with workers(count) as pool:
             yield from self._on_threads(pool, run, batches)
 
     def _on_threads(
-        self, pool: Workers, run: Callable[[Share[Any], list[int]], list[tuple[int, Encoded]]], batches: list[list[int]]
+        self, pool: Workers, run: Callable[[Crew, list[int]], list[tuple[int, Encoded]]], batches: list[list[int]]
     ) -> Iterator[tuple[int, Encoded]]:
         """Yield all batches' outputs: the threads take a batch each, and share the last ones that are too few for that."""
         whole = len(batches) - len(batches) % pool.count
-        for done in pool.ahead(partial(run, in_turn), batches[:whole]):
+        for done in pool.ahead(partial(run, Alone()), batches[:whole]):
             yield from done
         for batch in batches[whole:]:
-            yield from run(pool.share, batch)
+            yield from run(pool, batch)
 
     def _run(
-        self, sequences: Sequence[str], outputs: Outputs, share: Share[Any], batch: list[int]
+        self, sequences: Sequence[str], outputs: Outputs, crew: Crew, batch: list[int]
     ) -> list[tuple[int, Encoded]]:
         """Return a batch's outputs; where it has no room, those of its halves."""
         try:
-            encoded = self._forward([sequences[i] for i in batch], outputs, share)
+            encoded = self._forward([sequences[i] for i in batch], outputs, crew)
         except (MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise
@@ -154,11 +155,9 @@ class Esm2Encoder:
         else:
             return list(zip(batch, encoded, strict=True))
         middle = len(batch) // 2
-        return [
-            pair for half in (batch[:middle], batch[middle:]) for pair in self._run(sequences, outputs, share, half)
-        ]
+        return [pair for half in (batch[:middle], batch[middle:]) for pair in self._run(sequences, outputs, crew, half)]
 
-    def _forward(self, sequences: list[str], outputs: Outputs, share: Share[Any]) -> list[Encoded]:
+    def _forward(self, sequences: list[str], outputs: Outputs, crew: Crew) -> list[Encoded]:
         import torch
 
         with torch.inference_mode():
@@ -169,14 +168,13 @@ class Esm2Encoder:
             if 0 in wanted:
                 batch.kept[0] = batch.x.clone()  # what follows adds to it in place
             batch.x = batch.x.to(self._arithmetic.between)
-            tiles = [slice(start, start + self._tile) for start in range(0, batch.x.shape[0], self._tile)]
             for number, block in enumerate(self._blocks[:depth], 1):
-                share(partial(block.project, batch), tiles)
-                self._attend(batch, number, outputs, share)
-                share(partial(block.finish, batch), tiles)
+                do_all(crew, partial(block.project, batch), batch.tiles)
+                self._attend(batch, number, outputs, crew)
+                do_all(crew, partial(block.finish, batch), batch.tiles)
                 if number in wanted:
-                    batch.kept[number] = self._layer(batch.x, number, tiles, share)
-            return self._results(batch, outputs, share)
+                    batch.kept[number] = self._layer(batch.x, number, batch.tiles, crew)
+            return self._results(batch, outputs, crew)
 
     def _start(self, sequences: list[str]) -> Batch:
         """Return a batch's token embeddings, rows padded to whole tiles, and room for what follows."""
@@ -185,12 +183,12 @@ class Esm2Encoder:
         a = self.architecture
         cls, eos = a.tokens.index("<cls>"), a.tokens.index("<eos>")
         ids = [self._tokens[np.frombuffer(s.encode("ascii"), dtype=np.uint8)] for s in sequences]
-        tokens = np.concatenate([np.concatenate(([cls], row, [eos])) for row in ids])
         lengths = [len(row) + 2 for row in ids]
-        positions = np.concatenate([np.arange(n) for n in lengths])
-        if self._strict:
-            pad = -len(tokens) % self._tile
-            tokens, positions = np.pad(tokens, (0, pad)), np.pad(positions, (0, pad))
+        rows, tiles = plan_tiles(lengths, self._arithmetic.tiles, whole=self._strict)
+        tokens, positions = np.zeros((2, tiles[-1].stop), dtype=np.int64)
+        for sequence, where in zip(ids, rows, strict=True):
+            tokens[where] = [cls, *sequence, eos]
+            positions[where] = np.arange(len(sequence) + 2)
         x = self._embedding[torch.from_numpy(tokens).to(self.device)]
         if a.token_dropout:
             x *= _KEPT_IN_TRAINING
@@ -198,24 +196,25 @@ class Esm2Encoder:
         frequencies = {block.frequencies for block in self._blocks}
         return Batch(
             lengths,
-            [slice(end - length, end) for end, length in zip(np.cumsum(lengths).tolist(), lengths, strict=True)],
+            rows,
+            tiles,
             x,
             x.new_empty((len(tokens), 3 * a.width), dtype=self._arithmetic.between),
             x.new_zeros((len(tokens), a.width), dtype=self._arithmetic.between),
             {f: self._table(f, max(lengths))[place] for f in frequencies},
         )  # fmt: skip
 
-    def _attend(self, batch: Batch, number: int, outputs: Outputs, share: Share[Any]) -> None:
+    def _attend(self, batch: Batch, number: int, outputs: Outputs, crew: Crew) -> None:
         """Fill a batch's context; on the way, take what is wanted of the probabilities of block `number`."""
         rows = batch.rows
         if not self._together:
             # The longest first: the threads that share them end at about the same time.
             order = sorted(range(len(rows)), key=lambda i: -batch.lengths[i])
-            share(lambda i: attend(self.heads, batch.qkv[rows[i]], batch.context[rows[i]]), order)
+            crew.share(lambda i: attend(self.heads, batch.qkv[rows[i]], batch.context[rows[i]]), order)
         else:
             attend_together(self.heads, batch.qkv, batch.context, batch.lengths)
         if outputs.contacts or number in outputs.received:
-            share(partial(self._look, batch, number, outputs), range(len(rows)))
+            crew.share(partial(self._look, batch, number, outputs), range(len(rows)))
 
     def _look(self, batch: Batch, number: int, outputs: Outputs, index: int) -> None:
         """Take contacts and received attention of one sequence from block `number`, some heads at a time."""
@@ -231,7 +230,7 @@ class Esm2Encoder:
         if number in outputs.received:
             batch.received[number, index] = received[1:-1] / (self.architecture.heads * length)
 
-    def _layer(self, x: torch.Tensor, number: int, tiles: list[slice], share: Share[Any]) -> torch.Tensor:
+    def _layer(self, x: torch.Tensor, number: int, tiles: list[slice], crew: Crew) -> torch.Tensor:
         """Return a layer's hidden states, fp32; the last one's after the final norm."""
         import torch
 
@@ -242,10 +241,10 @@ class Esm2Encoder:
         def norm(rows: slice) -> None:
             out[rows] = self._norm_after(x[rows].float())
 
-        share(norm, tiles)
+        crew.share(norm, tiles)
         return out
 
-    def _results(self, batch: Batch, outputs: Outputs, share: Share[Any]) -> list[Encoded]:
+    def _results(self, batch: Batch, outputs: Outputs, crew: Crew) -> list[Encoded]:
         """Return each sequence's outputs as arrays of this machine's memory, and of their own."""
         rows = batch.rows
         hidden = {layer: batch.kept[layer].cpu().numpy() for layer in outputs.layers}
@@ -259,7 +258,7 @@ class Esm2Encoder:
                 self._contact_head.contacts(batch.contacts[i]).cpu().numpy() if outputs.contacts else None,
             )
 
-        share(finish, range(len(rows)))
+        crew.share(finish, range(len(rows)))
         return [done[i] for i in range(len(rows))]
 
     def _logits(self, hidden: torch.Tensor, rows: slice) -> NDArray[np.float32]:

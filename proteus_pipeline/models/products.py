@@ -1,11 +1,13 @@
 """Matrix products, in the three precisions.
 
-A product's bits are those of its shape: in strict numerics, all are taken over tiles of the same number of rows.
+A product's bits are those of its shape: in strict numerics, a row's product is always taken over a tile of the same number of
+rows, and over the same parts of the columns.
 """
 
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -15,6 +17,13 @@ if TYPE_CHECKING:
     import torch
 
 _ROOT = 0.5**0.5  # of x / sqrt(2), GELU's erf is taken
+_PART = (
+    320  # columns that a thread takes in one go: no slower than all at once, and a large model's products have 4 to 16
+)
+_ALIGNED = 16  # columns of fp32: 64 bytes
+
+
+Part = Callable[[], None]
 
 
 class Product(Protocol):
@@ -41,30 +50,63 @@ class Fp32Product:
 
     Not by oneDNN, which takes 0.95 of an encoder's time with packed weights (8M, AMD EPYC with AVX-512): it sums all inputs
     in one go, and the encoder would be twice as far from float64 as fair-esm is.
+
+    Parameters
+    ----------
+    weight
+        (..., in) fp32 pieces, whose rows lie one below the other. They are copied as they lie: to turn them round would take as
+        long as all else of a load, and BLAS lays a part out for its kernel in any case.
+    bias
+        (out,) fp32; copied.
+    gelu
+        Whether GELU is taken of the result.
+
     """
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor, *, gelu: bool) -> None:
+    def __init__(self, weight: Iterable[torch.Tensor], bias: torch.Tensor, *, gelu: bool) -> None:
+        on_gpu = bias.is_cuda
         # torch's GELU of a CPU has a coarser erf; its own passes are fewer with the root in the weights.
-        self._erf = gelu and not weight.is_cuda
-        self._gelu = gelu and weight.is_cuda
-        # Turned round in memory: BLAS would otherwise do that for every tile, at some hundredths of the time (measured, MKL).
-        self._weight, self._bias = turned(weight), bias.clone()
-        if self._erf:
-            self._weight *= _ROOT
-            self._bias *= _ROOT
+        self._erf, self._gelu = gelu and not on_gpu, gelu and on_gpu
+        joined = _joined(weight, len(bias), _ROOT if self._erf else None)
+        self._weight = turned(joined).t() if on_gpu else joined
+        self._bias = bias * _ROOT if self._erf else bias.clone()
+        self._columns = (slice(0, len(bias)),) if on_gpu else _columns(len(bias))
         self.nbytes = self._weight.nbytes + bias.nbytes
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        out = self.room(x) if out is None else out
+        for part in self.parts(x, out):
+            part()
+        return out
+
+    def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> None:
+        for part in self.parts_added(residual, x):
+            part()
+
+    def room(self, x: torch.Tensor) -> torch.Tensor:
+        """Return what the product of (T, in) `x` can be written in."""
+        return x.new_empty((x.shape[0], len(self._bias)))
+
+    def parts(self, x: torch.Tensor, out: torch.Tensor) -> list[Part]:
+        """Return what writes the product to `out`, some columns each: always the same ones, so that who does which is no matter."""
+        return [partial(self._write, x, out, columns) for columns in self._columns]
+
+    def parts_added(self, residual: torch.Tensor, x: torch.Tensor) -> list[Part]:
+        """Return what adds the product to `residual`, as `parts`."""
+        return [partial(self._add, residual, x, columns) for columns in self._columns]
+
+    def _write(self, x: torch.Tensor, out: torch.Tensor, columns: slice) -> None:
         import torch
 
         # Biases are added in a pass of their own, where torch would first spread them over the output in one.
-        product = torch.mm(x, self._weight, out=out).add_(self._bias)
+        product = torch.mm(x, self._weight[columns].t(), out=out[:, columns]).add_(self._bias[columns])
         if self._erf:
             product.addcmul_(product, torch.erf(product)).mul_(_ROOT)
-        return torch.nn.functional.gelu(product) if self._gelu else product
+        elif self._gelu:
+            product.copy_(torch.nn.functional.gelu(product))
 
-    def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> None:
-        residual.addmm_(x, self._weight).add_(self._bias)
+    def _add(self, residual: torch.Tensor, x: torch.Tensor, columns: slice) -> None:
+        residual[:, columns].addmm_(x, self._weight[columns].t()).add_(self._bias[columns])
 
 
 class PackedBf16Product:
@@ -171,6 +213,33 @@ class Bf16Product:
 def turned(weight: torch.Tensor) -> torch.Tensor:
     """Return the transpose as rows of its own: in one pass, and in memory that is touched once."""
     return weight.new_empty(weight.shape[::-1]).copy_(weight.t())
+
+
+def _joined(pieces: Iterable[torch.Tensor], height: int, scale: float | None) -> torch.Tensor:
+    """Return pieces of `height` rows in all one below the other, times `scale`: in one pass over each, as it comes."""
+    import torch
+
+    whole, first = None, 0
+    for piece in pieces:
+        if whole is None:
+            whole = piece.new_empty((height, piece.shape[-1]))
+        rows = piece.numel() // piece.shape[-1]
+        place = whole[first : first + rows].view(piece.shape)
+        if scale is None:
+            place.copy_(piece)
+        else:
+            torch.mul(piece, scale, out=place)
+        first += rows
+    if whole is None or first != height:
+        raise ValueError(f"{height} outputs have {first} rows of weights")
+    return whole
+
+
+def _columns(outputs: int) -> tuple[slice, ...]:
+    """Return as many columns after each other as one thread takes in one go, of about equal widths."""
+    count = -(-outputs // _PART)
+    width = -(-outputs // (count * _ALIGNED)) * _ALIGNED
+    return tuple(slice(first, min(first + width, outputs)) for first in range(0, outputs, width))
 
 
 def can_pack() -> bool:

@@ -1,29 +1,69 @@
 """Threads that each compute alone: whatever torch does in one of them, it does with one thread.
 
 So no result can depend on how many threads there are, and none of them waits at the end of every operation for the others:
-each takes whole batches, or whole tiles of one.
+each takes whole batches, or whole tiles of one, or some columns of a tile's products.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import partial
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 T = TypeVar("T")
 R = TypeVar("R")
-# Runs a function on each of some pieces of work, and returns when all are done.
-Share = Callable[[Callable[[T], None], Iterable[T]], None]
+# Work that comes in steps: the pieces of one don't wait for each other, and those of the next wait for all of them.
+Steps = Iterator[Sequence[Callable[[], object]]]
 
 
-def in_turn(function: Callable[[T], None], pieces: Iterable[T]) -> None:
-    """Do one piece after the other, in this thread."""
-    for piece in pieces:
-        function(piece)
+class Crew(Protocol):
+    """Who does some pieces of work.
+
+    Attributes
+    ----------
+    count
+        How many pieces are done at once.
+
+    """
+
+    count: int
+
+    def share(self, function: Callable[[T], object], pieces: Iterable[T]) -> None:
+        """Do a function on each of the pieces, and return when all are done."""
+
+
+class Alone:
+    """Whoever calls, who does one piece after the other."""
+
+    count = 1
+
+    def share(self, function: Callable[[T], object], pieces: Iterable[T]) -> None:
+        """Do the pieces; the first error ends it."""
+        for piece in pieces:
+            function(piece)
+
+
+def do_all(crew: Crew, work: Callable[[T], Steps], pieces: Sequence[T]) -> None:
+    """Do some pieces of work that come in steps: each by one thread, and those that are too few for that by all, step by step."""
+    whole = len(pieces) - len(pieces) % crew.count
+    crew.share(lambda piece: _in_turn(work(piece)), pieces[:whole])
+    for piece in pieces[whole:]:
+        for step in work(piece):
+            crew.share(_call, step)
+
+
+def _in_turn(steps: Steps) -> None:
+    for step in steps:
+        for piece in step:
+            piece()
+
+
+def _call(piece: Callable[[], object]) -> None:
+    piece()
 
 
 class Workers:
@@ -33,12 +73,24 @@ class Workers:
         self._pool = pool
         self.count = count
 
-    def share(self, function: Callable[[T], None], pieces: Iterable[T]) -> None:
+    def share(self, function: Callable[[T], object], pieces: Iterable[T]) -> None:
         """Do the pieces on all threads; the first error is raised once none is left running."""
-        futures = [self._pool.submit(_inferring, partial(function, piece)) for piece in pieces]
-        errors = [error for error in (future.exception() for future in futures) if error]
+        left, errors = deque(enumerate(pieces)), dict[int, BaseException]()
+
+        def take() -> None:
+            while True:
+                try:
+                    number, piece = left.popleft()
+                except IndexError:
+                    return
+                try:
+                    function(piece)
+                except BaseException as error:  # noqa: BLE001 - raised below
+                    errors[number] = error
+
+        wait([self._pool.submit(_inferring, take) for _ in range(min(self.count, len(left)))])
         if errors:
-            raise errors[0]
+            raise errors[min(errors)]
 
     def ahead(self, function: Callable[[T], R], pieces: Iterable[T]) -> Iterator[R]:
         """Yield each piece's result, in order, while the next ones are computed: one more at a time than there are threads."""

@@ -20,7 +20,7 @@ from proteus_pipeline.models.architecture import Architecture
 from proteus_pipeline.models.checkpoint import Checkpoint
 from proteus_pipeline.models.device import device_class, resolve_device
 from proteus_pipeline.models.encoder import Encoder, make_encoder
-from proteus_pipeline.models.esm2 import ROW_TILE, _token_table
+from proteus_pipeline.models.esm2 import _token_table
 from proteus_pipeline.models.pooling import pool
 from proteus_pipeline.models.products import Fp32Product
 
@@ -61,28 +61,45 @@ def test_real_proteins_alone_and_in_any_batch_are_the_same_bits(checkpoint: Chec
         assert all(same(got[place], alone[i]) for place, i in enumerate(order)), (budget, count)
 
 
-def test_every_strict_product_has_one_shape_whatever_the_batch(tiny: Checkpoint, monkeypatch: pytest.MonkeyPatch):
-    # Many CPUs give the same bits for other row counts too, so that comparing bits alone would not notice.
-    rows: list[int] = []
-    product, added = Fp32Product.__call__, Fp32Product.add_to
+def test_every_strict_product_has_a_shape_that_only_the_proteins_length_decides(monkeypatch: pytest.MonkeyPatch):
+    # Many CPUs give the same bits for other shapes too, so that comparing bits alone would not notice.
+    shapes: list[tuple[int, int]] = []
+    write, add = Fp32Product._write, Fp32Product._add
 
-    def watched(self: Fp32Product, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        rows.append(x.shape[0])
-        return product(self, x, out)
+    def watched(self: Fp32Product, x: torch.Tensor, out: torch.Tensor, columns: slice) -> None:
+        shapes.append((x.shape[0], columns.stop - columns.start))
+        write(self, x, out, columns)
 
-    def watched_too(self: Fp32Product, residual: torch.Tensor, x: torch.Tensor) -> None:
-        rows.append(x.shape[0])
-        added(self, residual, x)
+    def watched_too(self: Fp32Product, residual: torch.Tensor, x: torch.Tensor, columns: slice) -> None:
+        shapes.append((x.shape[0], columns.stop - columns.start))
+        add(self, residual, x, columns)
 
-    monkeypatch.setattr(Fp32Product, "__call__", watched)
-    monkeypatch.setattr(Fp32Product, "add_to", watched_too)
-    for sequences in (["M"], ["M" * 254], ["M" * 255], ["MKV" * 200, "MKV"]):
-        list(make_encoder(tiny).encode(sequences, [2]))
-    assert set(rows) == {ROW_TILE}
-    assert len(rows) == 2 * 4 * (1 + 1 + 2 + 4)  # blocks, products in each, tiles
-    rows.clear()
-    list(make_encoder(tiny, numerics="tolerant").encode(["MKV"], [2]))
-    assert set(rows) == {5}
+    monkeypatch.setattr(Fp32Product, "_write", watched)
+    monkeypatch.setattr(Fp32Product, "_add", watched_too)
+    wide = make_checkpoint(width=160)
+    tiles = {"M": 48, "M" * 46: 48, "M" * 47: 96, "M" * 94: 96, "M" * 95: 256, "MKV" * 200: 256}
+    widths = [240, 240, 160, 320, 320, 160]  # of queries, keys and values, output, and the two of the feed-forward
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        for company in ([], ["MKV" * 20], ["MKV" * 300, "MKV"]):
+            for sequence, most in tiles.items():
+                shapes.clear()
+                list(make_encoder(wide).encode([sequence, *company], [2]))
+                expected = {
+                    (tiles.get(s, 96 if len(s) == 60 else 48 if s == "MKV" else 256), w)
+                    for s in (sequence, *company)
+                    for w in widths
+                }
+                assert set(shapes) == expected
+                counts = {rows: shapes.count((rows, 240)) for rows, _ in expected}
+                if not company:  # two blocks, two parts of one width, and as many tiles as it fills
+                    assert counts == {most: 2 * 2 * -(-(len(sequence) + 2) // most)}
+                assert all(
+                    shapes.count((rows, 160)) == n and shapes.count((rows, 320)) == n for rows, n in counts.items()
+                )
+    shapes.clear()
+    list(make_encoder(wide, numerics="tolerant").encode(["MKV"], [2]))
+    assert {rows for rows, _ in shapes} == {5}
 
 
 @pytest.mark.parametrize("precision", ["mixed", "bf16"])

@@ -118,7 +118,11 @@ def test_digests_names_and_membership_read_no_tensor_and_a_layer_reads_its_own(
     assert "lm_head.decoder.weight" not in checkpoint.tensors
     assert len(list(checkpoint.tensors)) == len(checkpoint.tensors) == len(model.tensors)
     assert seen == []
-    assert checkpoint.layer(1).keys() == model.layer(1).keys()
+    layer = checkpoint.layer(1)
+    assert layer.keys() == model.layer(1).keys()
+    assert len(layer) == len(model.layer(1))
+    assert seen == []
+    assert all(torch.equal(tensor, model.layer(1)[name]) for name, tensor in layer.items())
     assert sorted(seen) == [name for name in model.tensors if name.startswith("esm.encoder.layer.1.")]
 
 

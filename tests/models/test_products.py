@@ -13,7 +13,7 @@ from proteus_pipeline.models.products import Bf16Product, Fp32Product, PackedBf1
 ROWS, INPUTS, OUTPUTS = 256, 72, 40
 Make = Callable[[torch.Tensor, torch.Tensor, bool], Product]
 KINDS: dict[str, tuple[Make, torch.dtype, bool]] = {
-    "fp32": (lambda w, b, gelu: Fp32Product(w, b, gelu=gelu), torch.float32, True),
+    "fp32": (lambda w, b, gelu: Fp32Product([w], b, gelu=gelu), torch.float32, True),
     "packed bf16": (
         lambda w, b, gelu: PackedBf16Product(w, b, ROWS, gelu=gelu),
         torch.bfloat16,
@@ -72,3 +72,31 @@ def test_a_row_has_the_same_bits_wherever_it_stands(kind: tuple[Make, torch.dtyp
     product = make(weight, bias, gelu)
     order = torch.randperm(ROWS, generator=torch.Generator().manual_seed(1))
     assert torch.equal(product(x[order]), product(x)[order])
+
+
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize("outputs", [32, 320, 336, 480, 960, 1280])
+def test_the_parts_of_a_product_are_it_in_any_order(outputs: int, gelu: bool):
+    x, weight, bias = (torch.randn(*shape) for shape in ((48, 64), (outputs, 64), (outputs,)))
+    product = Fp32Product(weight.split(16), bias, gelu=gelu)
+    whole, residual = product(x), torch.randn(48, outputs)
+    out, added = torch.full_like(whole, torch.nan), residual.clone()
+    for part in product.parts(x, out)[::-1]:
+        part()
+    assert torch.equal(out, whole)
+    product.add_to(residual, x)
+    for part in product.parts_added(added, x)[::-1]:
+        part()
+    assert torch.equal(added, residual)
+    assert len(product.parts(x, out)) == -(-outputs // 320)
+
+
+def test_a_weight_is_its_pieces_and_a_copy():
+    weight, bias, x = torch.randn(8, 4), torch.randn(8), torch.randn(3, 4)
+    pieces = [weight[:4].view(2, 2, 4).transpose(0, 1), weight[4:]]
+    product = Fp32Product(iter(pieces), bias, gelu=False)
+    expected = x @ weight[[0, 2, 1, 3, 4, 5, 6, 7]].t() + bias
+    weight.zero_()
+    assert torch.allclose(product(x), expected, atol=1e-6)
+    with pytest.raises(ValueError, match="8 outputs have 4 rows of weights"):
+        Fp32Product(pieces[:1], bias, gelu=False)

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from proteus_pipeline.models.workers import in_turn, thread_count, with_one_thread, workers
+from proteus_pipeline.models.workers import Alone, Steps, do_all, thread_count, with_one_thread, workers
 
 
 def test_each_thread_computes_with_one_and_torch_has_as_many_as_before_afterwards():
@@ -83,10 +83,36 @@ def test_the_first_error_is_raised_once_none_is_running():
             list(pool.ahead(work, range(4)))
 
 
-def test_in_turn_is_in_turn():
+def test_alone_is_in_turn():
     seen: list[int] = []
-    in_turn(seen.append, range(3))
+    Alone().share(seen.append, range(3))
     assert seen == [0, 1, 2]
+
+
+@pytest.mark.parametrize("pieces", range(6))
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_work_in_steps_is_done_whole_by_one_thread_or_step_by_step_by_all(count: int, pieces: int):
+    done: list[tuple[int, int, str]] = []
+
+    def work(piece: int) -> Steps:
+        for step in range(3):
+            assert sum(1 for number, _, _ in done if number == piece) == 4 * step  # all of the steps before
+            yield [lambda step=step: done.append((piece, step, threading.current_thread().name))] * 4
+
+    with workers(count) as pool:
+        do_all(pool, work, range(pieces))
+    assert sorted((piece, step) for piece, step, _ in done) == [
+        (p, s) for p in range(pieces) for s in (0, 1, 2) for _ in "1234"
+    ]
+    assert not {name for _, _, name in done} & {threading.current_thread().name}
+    for piece in range(pieces - pieces % count):
+        assert len({name for number, _, name in done if number == piece}) == 1
+
+
+def test_the_pieces_of_a_step_are_done_at_once():
+    gate = threading.Barrier(2, timeout=10)
+    with workers(2) as pool:
+        do_all(pool, lambda _: iter([[gate.wait, gate.wait]] * 3), [0])
 
 
 def mkl_threads() -> int:
