@@ -7,6 +7,7 @@ segmentation fault within seconds of random damage): the crc32c is not optional,
 from __future__ import annotations
 
 import struct
+import threading
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -88,7 +89,7 @@ def _blocks(numbers: int) -> int:
     return blocks
 
 
-def decode_entry(data: bytes, stored: str, shape: tuple[int, ...], origin: str) -> NDArray[np.generic]:
+def decode_entry(data: Buffer, stored: str, shape: tuple[int, ...], origin: str) -> NDArray[np.generic]:
     """Return a chunk's array in its stored dtype, after its checksum.
 
     Raises
@@ -97,15 +98,13 @@ def decode_entry(data: bytes, stored: str, shape: tuple[int, ...], origin: str) 
         When the bytes are not what was written.
 
     """
-    from numcodecs import blosc
-
     body = checked(data, origin)
     wanted = shape[0] * shape[1] * NUMPY_DTYPES[stored].itemsize
     try:
         # Its own header first: blosc believes it.
         nbytes, cbytes = _BLOSC_HEADER.unpack_from(body) if len(body) >= _BLOSC_HEADER.size else (0, 0)
         if (nbytes, cbytes) == (wanted, len(body)):
-            return np.frombuffer(blosc.decompress(body), dtype=NUMPY_DTYPES[stored]).reshape(shape)
+            return np.frombuffer(_decompressed(body), dtype=NUMPY_DTYPES[stored]).reshape(shape)
     except (
         RuntimeError,
         ValueError,
@@ -113,6 +112,20 @@ def decode_entry(data: bytes, stored: str, shape: tuple[int, ...], origin: str) 
     ) as error:  # sound bytes, and no chunk of this dtype: another segment's
         raise IntegrityError(f"a chunk of {origin} is not what its index says", "run it again") from error
     raise IntegrityError(f"a chunk of {origin} is not what its index says: {shape} in {stored}", "run it again")
+
+
+def _decompressed(body: memoryview) -> Any:
+    """Return what is in a blosc chunk; from the main thread by several at once, which is numcodecs' own way."""
+    from numcodecs import blosc
+
+    if threading.current_thread() is not threading.main_thread():
+        return blosc.decompress(body)  # by this thread alone
+    # zarr turns that way off for the whole process, since it reads from threads of its own: those use none either way.
+    before, blosc.use_threads = blosc.use_threads, None
+    try:
+        return blosc.decompress(body)
+    finally:
+        blosc.use_threads = before
 
 
 def decode_rows(data: bytes, stored: str, width: int, origin: str) -> NDArray[np.generic]:
@@ -148,14 +161,15 @@ def with_crc(*parts: Buffer) -> bytes:
     return b"".join(ended)
 
 
-def checked(data: bytes, origin: object) -> memoryview:
+def checked(data: Buffer, origin: object) -> memoryview:
     """Return a chunk's bytes without their checksum, having compared it; `IntegrityError` where it is another."""
     import google_crc32c
 
     # Of bytes that end in their own crc32c, the crc32c is always the same: nothing is copied to leave its four bytes out.
     if len(data) <= CRC_BYTES or google_crc32c.value(data) != _RESIDUE:
         raise IntegrityError(f"a chunk of {origin} fails its checksum", "proteus run computes it again")
-    return memoryview(data)[:-CRC_BYTES]
+    view: Any = data  # an array is a buffer too, which its type does not say
+    return memoryview(view)[:-CRC_BYTES]
 
 
 def codec_of(typesize: int) -> dict[str, Any]:

@@ -46,8 +46,8 @@ def to_fp32(array: NDArray[np.generic], stored: str) -> NDArray[np.float32]:
     """Widen a stored array to fp32, always in memory of its own; every stored value is one."""
     if stored == "bf16":
         return (array.astype("<u4") << 16).view("<f4")
-    # A copy, also of fp32: a pooled row is a read-only view that keeps its chunk of 16 rows alive.
-    return np.array(array, dtype=np.float32)
+    # A copy, also of fp32: a pooled row is a read-only view of what was read. np.array takes half as long again.
+    return array.astype(np.float32, subok=False)
 
 
 def content_hash(array: NDArray[np.generic], stored: str) -> str:

@@ -8,6 +8,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -405,3 +406,31 @@ def test_a_view_is_the_stored_vector_mapped_and_read_only(tmp_path: Path):
     publish(cache, residues)
     with pytest.raises(ConfigError, match="is compressed"):
         cache.view(next(iter(residues.arrays)))
+
+
+def test_what_was_read_stays_when_the_next_is_read_into_the_same_memory(tmp_path: Path):
+    made = make(30, pooling="per_residue", width=700)  # above and below what is compressed in blocks made here
+    cache = EmbeddingCache(tmp_path)
+    publish(cache, made)
+
+    def read(keys: list[str]) -> list[tuple[str, bytes]]:
+        kept = [cache.find_one(key) for key in keys]
+        return [(one[0].key, one[1].tobytes()) for one in kept if one]
+
+    keys = list(made.arrays)
+    expected = {key: array.tobytes() for key, array in made.arrays.items()}
+    with ThreadPoolExecutor(4) as pool:
+        several = list(pool.map(read, [keys[i:] + keys[:i] for i in range(0, 30, 5)]))
+    assert all(dict(one) == expected for one in [read(keys), *several])
+
+
+def test_reading_leaves_bloscs_own_setting_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """zarr switches blosc's threads off for its process when it is imported."""
+    from numcodecs import blosc
+
+    made = make(3, pooling="per_residue", width=700)
+    publish(EmbeddingCache(tmp_path), made)
+    for setting in (False, None, True):
+        monkeypatch.setattr(blosc, "use_threads", setting)
+        assert all(EmbeddingCache(tmp_path).find_one(key) for key in made.arrays)
+        assert blosc.use_threads is setting
