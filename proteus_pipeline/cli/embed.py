@@ -11,11 +11,15 @@ def add_to(verbs: Any) -> None:
     this = verbs.add_parser(
         "embed",
         help="embed a FASTA file, outside the pipeline",
-        description="Embed FASTA with the project's settings and OVERRIDES; params.yaml and the pipeline stay as they are.",
+        description="Embed FASTA with the project's settings and each KEY=VALUE; params.yaml and the pipeline stay as they are.",
     )
     this.add_argument("fasta", type=Path, metavar="FASTA", help="the sequences; plain or .gz")
     this.add_argument(
-        "overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides, such as embedding.pooling=cls"
+        "overrides",
+        nargs="*",
+        default=[],  # else argparse says that one is missing
+        metavar="KEY=VALUE",
+        help="Hydra overrides, such as embedding.pooling=cls",
     )
     this.add_argument(
         "-o",

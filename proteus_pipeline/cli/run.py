@@ -16,7 +16,7 @@ def add_to(verbs: Any) -> None:
     this = verbs.add_parser(
         "run",
         help="run the pipeline: params.yaml, then dvc repro",
-        description="Write OVERRIDES to params.yaml, as dvc exp run -S does, and run dvc repro.",
+        description="Write each KEY=VALUE to params.yaml, as dvc exp run -S does, and run dvc repro.",
     )
     this.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides, such as embedding.layer=4")
     this.add_argument("--force", action="store_true", help="run every stage, also where nothing changed")

@@ -45,7 +45,8 @@ class Composition:
 
     def blame(self, error: ProteusError, key: str) -> ConfigError:
         """Return an error about a key's value as one that names the key's file."""
-        return ConfigError(f"{self.origin(key)}: {key}: {error.what}", error.remedy)
+        named = error.what.startswith(f"{key} ")
+        return ConfigError(f"{self.origin(key)}: {error.what if named else f'{key}: {error.what}'}", error.remedy)
 
 
 def read_params(path: Path) -> dict[str, Any]:

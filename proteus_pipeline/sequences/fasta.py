@@ -161,7 +161,7 @@ def text_lines(path: Path, override: str) -> Iterator[str]:
         with path.open("rb") as stream:
             start = stream.peek(2)[:2]
             if not start:
-                raise SequenceError(f"{path} is empty", f"name a file that is not with {override}=PATH")
+                raise SequenceError(f"{path} is empty", f"name one with records with {override}=PATH")
             for number, line in enumerate(_decoded(stream, gzipped=start == _GZIP), 1):
                 if "\0" in line or (not line.isascii() and _UNDECODABLE.search(line)):
                     raise SequenceError(

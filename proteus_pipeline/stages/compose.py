@@ -21,7 +21,7 @@ from proteus_pipeline.embeddings.cluster import ClusterOptions
 from proteus_pipeline.embeddings.engine import ENGINES
 from proteus_pipeline.embeddings.manifest import read_manifest
 from proteus_pipeline.embeddings.recipe import Recipe
-from proteus_pipeline.errors import ConfigError, ProteusError, StorageError, VersionNotFoundError
+from proteus_pipeline.errors import ConfigError, ProteusError, StaleLockError, StorageError, VersionNotFoundError
 from proteus_pipeline.identity import digests
 from proteus_pipeline.identity.names import Reference
 from proteus_pipeline.models.architecture import resolve_layer
@@ -180,7 +180,7 @@ def _stage(
         return {"model": dict(_NO_MODEL), "layer": None, "window": None, "overlap": None}
     key = _source_key(composition, stage)
     try:
-        version = _version(project, reference, progress)
+        version = _version(project, reference, progress, key if composition.origin(key) == COMMAND_LINE else "")
         locked = Locked.of(version)
         layers = extent(version, "layers")
     except (VersionNotFoundError, ConfigError) as error:
@@ -222,13 +222,20 @@ def _source_key(composition: Composition, stage: str) -> str:
     return own if composition.origin(own) in {PARAMS, COMMAND_LINE} else general
 
 
-def _version(project: Project, reference: str, progress: Callable[[int, int | None], None] | None) -> ModelVersion:
-    locked = read_lock(project.work / LOCK)
+def _version(
+    project: Project, reference: str, progress: Callable[[int, int | None], None] | None, given: str
+) -> ModelVersion:
+    """Return a version; `given` is the key that the command line set, which `proteus model lock` would not see."""
+    locked, wanted = read_lock(project.work / LOCK), Reference.parse(reference)
+    if given and not wanted.exact and str(wanted) not in locked:
+        raise StaleLockError(
+            f"{wanted} is a floating reference that models.lock does not hold",
+            f"give an exact one, {wanted.name}@vX.Y.Z, as proteus model list has it, or: proteus run {given}={wanted} --update",
+        )
     try:
         return resolve_locked(project.manager, reference, locked)
     except VersionNotFoundError:
         # A fresh clone has no tags: what the catalogue knows is fetched, checked, and tagged.
-        wanted = Reference.parse(reference)
         if not wanted.exact and str(wanted) in locked:
             wanted = Reference.parse(f"{wanted.name}@{locked[str(wanted)].version}")
         version = provide(project.manager, str(wanted), project.catalogue, progress=progress)

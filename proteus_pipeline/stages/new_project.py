@@ -105,8 +105,8 @@ def _check_place(folder: Path) -> None:
     here = folder.absolute()
     for place in (here, *here.parents):
         if (place / ".git").exists():
-            inside = "is" if place == here else "lies in"
-            raise StorageError(f"{folder} {inside} a git repository, {place}", "name a folder outside of it")
+            what = "is a git repository" if place == here else f"lies in a git repository, {place}"
+            raise StorageError(f"{folder} {what}", "name a new folder outside of it")
     try:
         found = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
     except OSError as error:

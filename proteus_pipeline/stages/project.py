@@ -71,7 +71,7 @@ class Project:
         if home is None:
             raise StorageError(
                 f"{Path.cwd()} is not in a git repository with DVC",
-                "work in a clone of the project, or run git init and dvc init",
+                "work in the folder of a project, or make one: proteus init DIR",
             )
         # DVC runs a stage in its workspace; a person may stand in any folder below the root.
         return cls(Path.cwd() if "DVC_ROOT" in os.environ else home, home)

@@ -24,6 +24,12 @@ def test_unknown_words_are_usage_errors(argv: list[str], capsys: pytest.CaptureF
     assert "usage: proteus" in capsys.readouterr().err
 
 
+def test_what_is_missing_is_named_and_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["embed"])
+    assert capsys.readouterr().err.endswith("the following arguments are required: FASTA\n")
+
+
 def test_without_a_verb_help_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
     assert "exit codes" in capsys.readouterr().out
