@@ -65,7 +65,6 @@ def test_small_cases():
 SIZES = st.lists(st.integers(1, 300), min_size=1, max_size=4, unique=True).map(sorted)
 
 
-@settings(deadline=None)
 @given(LENGTHS.filter(bool), SIZES)
 def test_each_sequence_lies_in_tiles_that_its_own_length_asks_for(lengths: list[int], sizes: list[int]):
     rows, tiles = plan_tiles(lengths, sizes, whole=True)
@@ -80,7 +79,6 @@ def test_each_sequence_lies_in_tiles_that_its_own_length_asks_for(lengths: list[
     assert tiles[-1].stop < sum(lengths) + sum(sizes)
 
 
-@settings(deadline=None)
 @given(LENGTHS.filter(bool), SIZES)
 def test_tiles_that_need_not_be_whole_waste_nothing(lengths: list[int], sizes: list[int]):
     rows, tiles = plan_tiles(lengths, sizes, whole=False)
@@ -90,7 +88,6 @@ def test_tiles_that_need_not_be_whole_waste_nothing(lengths: list[int], sizes: l
     assert all(t.stop - t.start == sizes[-1] for t in tiles[:-1])
 
 
-@settings(deadline=None)
 @given(LENGTHS, BUDGETS, SIZES)
 def test_batches_in_tiles_are_of_one_size_each(lengths: list[int], budget: int, sizes: list[int]):
     plan = plan_in_tiles(lengths, budget, sizes)
