@@ -30,7 +30,7 @@ _BLOSC_HEAD = struct.Struct("<BBBBIII")
 _BLOSC_SHUFFLED, _BLOSC_ZSTD = 0x01, 4 << 5
 # Below, blosc does not split a block; above, its temporary memory would be large, and far above it refuses.
 _LEAST_BLOCK, _LARGEST_BLOCK = 4096, 256 << 20
-# Numbers of a block, about: its bytes stay in a core's own cache, and blosc decodes several blocks at once.
+# Numbers of a block, about: blosc decodes several blocks at once.
 _NUMBERS = 65536
 # Whether a byte of the numbers is worth compressing is tried on so many of them: low ones are noise.
 _TRIED, _WORTHWHILE = 32768, 0.98
