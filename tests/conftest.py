@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import subprocess
 from collections.abc import Iterator
@@ -27,7 +28,7 @@ settings.load_profile("unhurried")
 
 
 @pytest.fixture(autouse=True)
-def isolated(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+def isolated(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """An empty HOME and no settings of the machine: git knows nobody, as on a new computer."""
     monkeypatch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
     monkeypatch.setenv("GIT_CONFIG_NOSYSTEM", "1")
@@ -50,6 +51,8 @@ def isolated(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monke
         monkeypatch.setenv(name, "")  # a command within a test sets them; this takes them back
     for name in [n for n in os.environ if n.startswith(("AWS_", "GIT_AUTHOR_", "GIT_COMMITTER_"))]:
         monkeypatch.delenv(name)
+    yield
+    logging.getLogger("proteus_pipeline").setLevel(logging.NOTSET)  # --debug within a test's process
 
 
 @pytest.fixture(scope="session")
