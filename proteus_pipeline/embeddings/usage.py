@@ -124,7 +124,9 @@ def _compact(path: Path, file: FileIO) -> None:
         here = {file.name for file in (path.parent / SEGMENTS).iterdir()}
     except FileNotFoundError:
         here = set()
-    write_atomic(path, _came_to(uses(path.parent), here), mode=stat.S_IMODE(os.fstat(file.fileno()).st_mode))
+    # Not by `uses`, which takes what can't be read for nothing.
+    found = _said(path.read_text(encoding="utf-8", errors="replace"))
+    write_atomic(path, _came_to(found, here), mode=stat.S_IMODE(os.fstat(file.fileno()).st_mode))
 
 
 def _came_to(found: Iterable[Use], here: Collection[str]) -> bytes:
@@ -164,7 +166,11 @@ def uses(folder: Path) -> Iterator[Use]:
         text = (folder / _NAME).read_text(encoding="utf-8", errors="replace")
     except OSError:
         return
-    yield from filter(None, map(_use, text.splitlines()))
+    yield from _said(text)
+
+
+def _said(text: str) -> Iterator[Use]:
+    return filter(None, map(_use, text.splitlines()))
 
 
 def _use(line: str) -> Use | None:

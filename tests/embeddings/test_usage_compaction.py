@@ -177,6 +177,18 @@ def test_what_a_killed_process_left_goes_and_permissions_stay(folder: Path, monk
     assert account(folder)["sums"] == [2, 0, 0]
 
 
+def test_an_account_that_can_not_be_read_is_not_replaced_by_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    def broken(*_: Any, **__: Any) -> str:
+        raise OSError(errno.EIO, "Input/output error")
+
+    record_use(folder, 5, 0, 0, {})
+    monkeypatch.setattr(usage, "COMPACT_BYTES", 0)
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "read_text", broken)
+        record_use(folder, 1, 0, 0, {})
+    assert account(folder)["sums"] == [6, 0, 0]
+
+
 def test_where_there_are_no_locks_lines_are_only_appended(folder: Path, monkeypatch: pytest.MonkeyPatch):
     def none(*_: Any) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
