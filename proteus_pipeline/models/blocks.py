@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
@@ -159,8 +159,8 @@ class Block:
                 yield rows.view(a.heads, 2, a.head_width // 2, *rows.shape[1:]).transpose(1, 2)
             yield tensors[f"attention.self.value.{part}"]
 
-        def dense(name: str) -> tuple[Iterator[torch.Tensor], Iterator[torch.Tensor]]:
-            return (tensors[f"{name}.weight"] for _ in "1"), (tensors[f"{name}.bias"] for _ in "1")
+        def dense(name: str) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+            return [tensors[f"{name}.weight"]], [tensors[f"{name}.bias"]]
 
         self._qkv = arithmetic.product(projections("weight"), projections("bias"), exact=True)
         self._out = arithmetic.product(*dense("attention.output.dense"), exact=True)
@@ -178,22 +178,18 @@ class Block:
         """Write a tile's queries and keys, rotated, and its values."""
         normed: list[torch.Tensor] = []
         yield [lambda: normed.append(self._norm1(batch.x[rows].float()))]
-        yield _written(self._qkv, normed[0], batch.qkv[rows])
+        yield self._qkv.parts(normed[0], batch.qkv[rows])
         yield [partial(self._rotate, batch, rows)]
 
     def finish(self, batch: Batch, rows: slice) -> Steps:
         """Add a tile's attention to its residual, and then what the feed-forward makes of it."""
-        x, up = batch.x[rows], self._up
+        x = batch.x[rows]
         normed: list[torch.Tensor] = []
         wide: list[torch.Tensor] = []
-        yield _added(self._out, x, batch.context[rows])
+        yield self._out.parts_added(x, batch.context[rows])
         yield [lambda: normed.append(self._norm2(x.float()))]
-        if isinstance(up, Fp32Product):
-            wide.append(up.room(normed[0]))
-            yield up.parts(normed[0], wide[0])
-        else:
-            yield [lambda: wide.append(up(normed[0]))]
-        yield _added(self._down, x, wide[0])
+        yield self._up.parts_made(normed[0], wide)
+        yield self._down.parts_added(x, wide[0])
 
     def _rotate(self, batch: Batch, rows: slice) -> None:
         import torch
@@ -205,13 +201,3 @@ class Block:
         pairs *= batch.angles[self.frequencies][rows].unsqueeze(1)
         if rotated.dtype != qkv.dtype:
             qkv[:, : 2 * width] = rotated
-
-
-def _written(product: Product, x: torch.Tensor, out: torch.Tensor) -> Sequence[Callable[[], object]]:
-    return product.parts(x, out) if isinstance(product, Fp32Product) else [partial(product, x, out)]
-
-
-def _added(product: Product, residual: torch.Tensor, x: torch.Tensor) -> Sequence[Callable[[], object]]:
-    return (
-        product.parts_added(residual, x) if isinstance(product, Fp32Product) else [partial(product.add_to, residual, x)]
-    )

@@ -7,9 +7,10 @@ rows, and over the same parts of the columns.
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from proteus_pipeline.models.workers import with_one_thread
 
@@ -17,16 +18,15 @@ if TYPE_CHECKING:
     import torch
 
 _ROOT = 0.5**0.5  # of x / sqrt(2), GELU's erf is taken
-_PART = (
-    320  # columns that a thread takes in one go: no slower than all at once, and a large model's products have 4 to 16
-)
+# Columns that a thread takes in one go: no slower than all at once, and a large model's products have 4 to 16 times as many.
+_PART = 320
 _ALIGNED = 16  # columns of fp32: 64 bytes
 
+Part = Callable[[], object]
+"""Some of a product's work. Parts don't wait for each other, and who does which is no matter."""
 
-Part = Callable[[], None]
 
-
-class Product(Protocol):
+class Product(ABC):
     """``x @ weight.T + bias``, and GELU of it where that was asked for.
 
     Attributes
@@ -38,14 +38,28 @@ class Product(Protocol):
 
     nbytes: int
 
+    @abstractmethod
     def __call__(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """Return the product of (T, in) `x`, (T, out): in `out`, if one is given."""
 
+    @abstractmethod
     def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> None:
         """Add the product of (T, in) `x` to (T, out) `residual`."""
 
+    def parts(self, x: torch.Tensor, out: torch.Tensor) -> Sequence[Part]:
+        """Return what writes the product to `out`: all of it at once, where a product has no parts."""
+        return [partial(self, x, out)]
 
-class Fp32Product:
+    def parts_added(self, residual: torch.Tensor, x: torch.Tensor) -> Sequence[Part]:
+        """Return what adds the product to `residual`."""
+        return [partial(self.add_to, residual, x)]
+
+    def parts_made(self, x: torch.Tensor, made: list[torch.Tensor]) -> Sequence[Part]:
+        """Return what writes the product to memory of its own, which is in `made` when all parts are done."""
+        return [lambda: made.append(self(x))]
+
+
+class Fp32Product(Product):
     """In fp32, by torch.mm.
 
     Not by oneDNN, which takes 0.95 of an encoder's time with packed weights (8M, AMD EPYC with AVX-512): it sums all inputs
@@ -74,7 +88,7 @@ class Fp32Product:
         self.nbytes = self._weight.nbytes + bias.nbytes
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        out = self.room(x) if out is None else out
+        out = self._room(x) if out is None else out
         for part in self.parts(x, out):
             part()
         return out
@@ -83,17 +97,19 @@ class Fp32Product:
         for part in self.parts_added(residual, x):
             part()
 
-    def room(self, x: torch.Tensor) -> torch.Tensor:
-        """Return what the product of (T, in) `x` can be written in."""
-        return x.new_empty((x.shape[0], len(self._bias)))
-
-    def parts(self, x: torch.Tensor, out: torch.Tensor) -> list[Part]:
-        """Return what writes the product to `out`, some columns each: always the same ones, so that who does which is no matter."""
+    def parts(self, x: torch.Tensor, out: torch.Tensor) -> Sequence[Part]:
+        """Return what writes the product to `out`, some columns each: always the same ones."""
         return [partial(self._write, x, out, columns) for columns in self._columns]
 
-    def parts_added(self, residual: torch.Tensor, x: torch.Tensor) -> list[Part]:
-        """Return what adds the product to `residual`, as `parts`."""
+    def parts_added(self, residual: torch.Tensor, x: torch.Tensor) -> Sequence[Part]:
         return [partial(self._add, residual, x, columns) for columns in self._columns]
+
+    def parts_made(self, x: torch.Tensor, made: list[torch.Tensor]) -> Sequence[Part]:
+        made.append(self._room(x))
+        return self.parts(x, made[-1])
+
+    def _room(self, x: torch.Tensor) -> torch.Tensor:
+        return x.new_empty((x.shape[0], len(self._bias)))
 
     def _write(self, x: torch.Tensor, out: torch.Tensor, columns: slice) -> None:
         import torch
@@ -109,7 +125,7 @@ class Fp32Product:
         residual[:, columns].addmm_(x, self._weight[columns].t()).add_(self._bias[columns])
 
 
-class PackedBf16Product:
+class PackedBf16Product(Product):
     """Of bf16 numbers on a CPU that multiplies them: by oneDNN, with the weight laid out for its kernel once.
 
     Bias and GELU are taken of the fp32 sums, in the same pass; then they are rounded to bf16: the kernel gives nothing else.
@@ -158,7 +174,7 @@ class PackedBf16Product:
         residual.add_(self(x))
 
 
-class Bf16Product:
+class Bf16Product(Product):
     """Of bf16 numbers, by torch.mm: on a GPU, and on any other CPU.
 
     On a CPU without instructions for it, torch takes tens of times as long as for fp32: there the same rounded numbers are
