@@ -47,10 +47,17 @@ class Record:
     description: str = ""
 
 
-def read_fasta(path: Path) -> Iterator[Record]:
+def read_fasta(path: Path, override: str = "data.fasta") -> Iterator[Record]:
     """Yield a file's records in order, holding one at a time.
 
     Gzip is known by its first bytes, not by the file's name.
+
+    Parameters
+    ----------
+    path
+        The file.
+    override
+        As for `text_lines`.
 
     Raises
     ------
@@ -61,7 +68,7 @@ def read_fasta(path: Path) -> Iterator[Record]:
     """
     header, start = "", 0
     body: list[str] = []
-    for number, line in enumerate(text_lines(path, "data.fasta"), 1):
+    for number, line in enumerate(text_lines(path, override), 1):
         if line.startswith(">"):
             if start:
                 yield _record(path, start, header, body)
@@ -73,7 +80,7 @@ def read_fasta(path: Path) -> Iterator[Record]:
         elif line.strip():
             raise SequenceError(
                 f"{path}, line {number}: text before the first header",
-                "start each record with a line '>ID', or name a FASTA file with data.fasta=PATH",
+                f"start each record with a line '>ID', or name a FASTA file{_by(override)}",
             )
     if not start:
         raise SequenceError(f"{path} has no records", "start each record with a line '>ID'")
@@ -148,7 +155,7 @@ def text_lines(path: Path, override: str) -> Iterator[str]:
     path
         The file.
     override
-        The config key that names it, for messages: ``data.fasta``.
+        The config key that names it, for messages: ``data.fasta``; empty for a file that was given by itself.
 
     Raises
     ------
@@ -161,12 +168,12 @@ def text_lines(path: Path, override: str) -> Iterator[str]:
         with path.open("rb") as stream:
             start = stream.peek(2)[:2]
             if not start:
-                raise SequenceError(f"{path} is empty", f"name one with records with {override}=PATH")
+                raise SequenceError(f"{path} is empty", f"name one with records{_by(override)}")
             for number, line in enumerate(_decoded(stream, gzipped=start == _GZIP), 1):
                 if "\0" in line or (not line.isascii() and _UNDECODABLE.search(line)):
                     raise SequenceError(
                         f"{path}, line {number}: binary data, not UTF-8 text",
-                        f"name a text file, plain or gzip, with {override}=PATH",
+                        f"name a text file, plain or gzip,{_by(override)}",
                     )
                 yield line.removeprefix("\ufeff") if number == 1 else line
     except EOFError as error:
@@ -179,6 +186,10 @@ def text_lines(path: Path, override: str) -> Iterator[str]:
         raise _unreadable(path, override, error) from error
 
 
+def _by(override: str) -> str:
+    return f" with {override}=PATH" if override else ""
+
+
 def _decoded(stream: BinaryIO, *, gzipped: bool) -> io.TextIOWrapper:
     source = gzip.GzipFile(fileobj=stream, mode="rb") if gzipped else stream
     # Bytes that are no UTF-8 pass here, so that the caller can say on which line they are.
@@ -187,14 +198,14 @@ def _decoded(stream: BinaryIO, *, gzipped: bool) -> io.TextIOWrapper:
 
 def _unreadable(path: Path, override: str, error: OSError) -> SequenceError:
     if isinstance(error, FileNotFoundError):
-        return SequenceError(f"there is no file {path}", f"name one that exists with {override}=PATH")
+        return SequenceError(f"there is no file {path}", f"name one that exists{_by(override)}")
     if isinstance(error, IsADirectoryError):
-        return SequenceError(f"{path} is a directory", f"name a file with {override}=PATH")
+        return SequenceError(f"{path} is a directory", f"name a file{_by(override)}")
     if isinstance(error, PermissionError):
         return SequenceError(
-            f"no permission to read {path}", f"allow it with chmod, or name another file with {override}=PATH"
+            f"no permission to read {path}", f"allow it with chmod, or name another file{_by(override)}"
         )
-    return SequenceError(f"{path} can't be read: {error.strerror or error}", f"name another file with {override}=PATH")
+    return SequenceError(f"{path} can't be read: {error.strerror or error}", f"name another file{_by(override)}")
 
 
 def replace_text(path: Path, chunks: Iterable[str]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from proteus_pipeline.embeddings.computing import Progress
 from proteus_pipeline.embeddings.embedder import Outcome
 from proteus_pipeline.embeddings.export import FORMAT, check_target, export
 from proteus_pipeline.embeddings.shards import Part
-from proteus_pipeline.errors import ConfigError, SequenceError
+from proteus_pipeline.errors import ConfigError
 from proteus_pipeline.sequences.fasta import Record, read_fasta
 from proteus_pipeline.sequences.rules import clean
 from proteus_pipeline.stages.compose import check_cache_folders, recipe_of, resolve_stages, rules_of
@@ -99,12 +98,7 @@ def composed_of(
     check_cache_folders(project, composition.settings.cache)
     composed = resolve_stages(project, composition, (stage,))
     path = project.find_file(composed["data"]["fasta"]) if fasta is None else fasta
-    try:
-        records, _ = clean(read_fasta(path), rules_of(composed["data"]))
-    except SequenceError as error:
-        if fasta is None:
-            raise
-        raise SequenceError(error.what, re.sub(r" with data\.fasta=PATH\b", "", error.remedy)) from error
+    records, _ = clean(read_fasta(path, "data.fasta" if fasta is None else ""), rules_of(composed["data"]))
     return composed, records
 
 
