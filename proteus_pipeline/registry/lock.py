@@ -81,8 +81,21 @@ def write_lock(path: Path, locked: dict[str, Locked]) -> None:
     write_atomic(path, (_HEADER + body).encode())
 
 
-def resolve_locked(manager: ModelVersionManager, reference: str, locked: dict[str, Locked]) -> ModelVersion:
+def resolve_locked(
+    manager: ModelVersionManager, reference: str, locked: dict[str, Locked], remedy: str = ""
+) -> ModelVersion:
     """Return the version an exact reference names, or the one a floating reference is locked to.
+
+    Parameters
+    ----------
+    manager
+        Where versions are.
+    reference
+        The reference.
+    locked
+        What `read_lock` gives.
+    remedy
+        What to do about a floating reference that is not locked, where ``proteus model lock`` is not it.
 
     Raises
     ------
@@ -96,7 +109,7 @@ def resolve_locked(manager: ModelVersionManager, reference: str, locked: dict[st
     entry = locked.get(str(wanted))
     if entry is None:
         raise StaleLockError(
-            f"{wanted} is a floating reference that models.lock does not hold", "run: proteus model lock"
+            f"{wanted} is a floating reference that models.lock does not hold", remedy or "run: proteus model lock"
         )
     version = manager.get_version(wanted.name, entry.version)
     if Locked.of(version) != entry:

@@ -21,7 +21,7 @@ from proteus_pipeline.embeddings.cluster import ClusterOptions
 from proteus_pipeline.embeddings.engine import ENGINES
 from proteus_pipeline.embeddings.manifest import read_manifest
 from proteus_pipeline.embeddings.recipe import Recipe
-from proteus_pipeline.errors import ConfigError, ProteusError, StaleLockError, StorageError, VersionNotFoundError
+from proteus_pipeline.errors import ConfigError, ProteusError, StorageError, VersionNotFoundError
 from proteus_pipeline.identity import digests
 from proteus_pipeline.identity.names import Reference
 from proteus_pipeline.models.architecture import resolve_layer
@@ -227,19 +227,18 @@ def _version(
 ) -> ModelVersion:
     """Return a version; `given` is the key that the command line set, which `proteus model lock` would not see."""
     locked, wanted = read_lock(project.work / LOCK), Reference.parse(reference)
-    if given and not wanted.exact and str(wanted) not in locked:
-        raise StaleLockError(
-            f"{wanted} is a floating reference that models.lock does not hold",
-            f"give an exact one, {wanted.name}@vX.Y.Z, as proteus model list has it, or: proteus run {given}={wanted} --update",
-        )
+    remedy = ""
+    if given:
+        exact = f"{wanted.name}@vX.Y.Z, as proteus model list has it"
+        remedy = f"give an exact one, {exact}, or: proteus run {given}={wanted} --update"
     try:
-        return resolve_locked(project.manager, reference, locked)
+        return resolve_locked(project.manager, reference, locked, remedy)
     except VersionNotFoundError:
         # A fresh clone has no tags: what the catalogue knows is fetched, checked, and tagged.
         if not wanted.exact and str(wanted) in locked:
             wanted = Reference.parse(f"{wanted.name}@{locked[str(wanted)].version}")
         version = provide(project.manager, str(wanted), project.catalogue, progress=progress)
-        return version if wanted.exact else resolve_locked(project.manager, reference, locked)
+        return version if wanted.exact else resolve_locked(project.manager, reference, locked, remedy)
 
 
 def _check_ranges(composition: Composition) -> None:
