@@ -97,13 +97,7 @@ class DaskEngine:
         weights = self.weights()
         memory = self.options.memory_each(weights.max_memory_gb)
         weights = replace(weights, threads=self.options.threads_each, max_memory_gb=memory)
-        task = Task(
-            weights,
-            work.recipe,
-            self.places,
-            work.lease.name,
-            self.only_class(),
-        )
+        task = Task(weights, work.recipe, self.places, work.lease.name, self.only_class())
         divided = shards(work.missing, work.recipe, self.options.shard_tokens)
         work.start()
         with running(self.options, self.folder) as cluster:

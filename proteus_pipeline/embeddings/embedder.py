@@ -21,7 +21,7 @@ from proteus_pipeline.embeddings.stored import to_fp32
 from proteus_pipeline.errors import ConfigError, StorageError
 from proteus_pipeline.models.device import attested, on_gpu
 from proteus_pipeline.models.encoder import TOKENS_PER_BATCH
-from proteus_pipeline.stores.counts import count
+from proteus_pipeline.stores.counts import count, count_requests
 
 if TYPE_CHECKING:
     import numpy as np
@@ -211,9 +211,7 @@ def _count_shared(cache: EmbeddingCache, asked: int, found: Sequence[Entry]) -> 
         return
     here = cache.visible.segments()
     missed = "failed" if cache.visible_beneath is None else "miss"
-    for result, number in (("hit", sum(e.segment not in here for e in found)), (missed, asked - len(found))):
-        if number:
-            count("proteus_cache_requests_total", number, cache="shared", result=result)
+    count_requests("shared", **{"hit": sum(e.segment not in here for e in found), missed: asked - len(found)})
 
 
 def _compute(engine: Engine, work: Work) -> Done:

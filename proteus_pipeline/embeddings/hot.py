@@ -24,7 +24,7 @@ import numpy as np
 
 from proteus_pipeline.embeddings.index import Attestation, known_fields
 from proteus_pipeline.embeddings.stored import NUMPY_DTYPES, to_fp32
-from proteus_pipeline.stores.counts import count
+from proteus_pipeline.stores.counts import count_requests
 from proteus_pipeline.stores.redis import RedisClient
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ class HotRun:
         """
         generation = self._generation()
         if generation is None:
-            _count(failed=len(wanted))
+            count_requests("redis", failed=len(wanted))
             return []
         names = {f"{generation}:{key}": key for key in wanted}
         client, before = self._tier.client, self.counts.copy()
@@ -157,7 +157,7 @@ class HotRun:
         taken = list(self._taken(values, names, wanted, max(hidden, default=-1)))
         refused = sum(self.counts[of] - before[of] for of in ("rejected", "stale", "foreign"))
         missed = len(wanted) - len(taken) - refused - unanswered
-        _count(hit=len(taken), miss=missed, refused=refused, failed=unanswered)
+        count_requests("redis", hit=len(taken), miss=missed, refused=refused, failed=unanswered)
         return taken
 
     def _taken(
@@ -183,12 +183,6 @@ class HotRun:
         if generation is not None:
             values = {f"{generation}:{v.key}": encode(v, header, self._recipe) for v in vectors}
             self.counts["put"] += self._tier.client.put_many(KIND, values, ttl=TTL_S)
-
-
-def _count(**results: int) -> None:
-    for result, number in results.items():
-        if number > 0:
-            count("proteus_cache_requests_total", number, cache="redis", result=result)
 
 
 def encode(vector: Offered, header: SegmentHeader, recipe: Recipe) -> bytes:

@@ -156,3 +156,10 @@ def count(name: str, value: float = 1, **labels: str) -> None:
             return
     if _counting is not None:
         add(increments(name, value, labels))
+
+
+def count_requests(cache: str, **results: int) -> None:
+    """Count what a cache was asked for, by result; a result that nothing had makes no series."""
+    for result, number in results.items():
+        if number > 0:
+            count("proteus_cache_requests_total", number, cache=cache, result=result)
