@@ -1,4 +1,4 @@
-"""The figures that README quotes, each with the spread that it states: run.py says whether it saw them within that."""
+"""The figures that README quotes, each with bounds: run.py says whether it saw them within those."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from _figures import Figure, shown
 
-# A row of README's table: what it means, median (least to greatest), program: the figure's name.
+# A row of README's table: what it means, median (bounds), program: the figure's name.
 _ROW = re.compile(r"^\|[^|]+\| *([\d.]+) \(([\d.]+) to ([\d.]+)\) *\| *`(\w+)`: ([^|]+?) *\|$", re.MULTILINE)
 
 
