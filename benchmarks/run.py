@@ -5,7 +5,7 @@ each program's own documentation says, up to 12 GB of a temporary folder. ``pyth
 these, and writes a report only where ``--output`` says. ``--fasta DB.fasta.gz`` takes the proteins from a file, where a program
 takes any. The machine should have nothing else to do: its load is written down beside each program.
 
-Exit code: 0 where every program ran, every bar holds and README's figures were seen within the spread that it states; 3 where
+Exit code: 0 where every program ran, every bar holds and README's figures were seen within the bounds that it states; 3 where
 a bar is missed or a figure of README's is outside; 1 where a program failed.
 """
 
