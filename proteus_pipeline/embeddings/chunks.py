@@ -70,7 +70,7 @@ def _one_block(array: NDArray[np.generic]) -> list[Buffer]:
     return [head, struct.pack("<I", first), *parts]
 
 
-def decode_entry(data: bytes, stored: str, shape: tuple[int, ...], origin: str) -> NDArray[np.generic]:
+def decode_entry(data: bytes | memoryview, stored: str, shape: tuple[int, ...], origin: str) -> NDArray[np.generic]:
     """Return a chunk's array in its stored dtype, after its checksum.
 
     Raises
@@ -130,12 +130,13 @@ def with_crc(*parts: Buffer) -> bytes:
     return b"".join(ended)
 
 
-def checked(data: bytes, origin: object) -> memoryview:
+def checked(data: bytes | memoryview, origin: object) -> memoryview:
     """Return a chunk's bytes without their checksum, having compared it; `IntegrityError` where it is another."""
     import google_crc32c
 
     # Of bytes that end in their own crc32c, the crc32c is always the same: nothing is copied to leave its four bytes out.
-    if len(data) <= CRC_BYTES or google_crc32c.value(data) != _RESIDUE:
+    # As an array, since google_crc32c takes no memoryview.
+    if len(data) <= CRC_BYTES or google_crc32c.value(np.frombuffer(data, np.uint8)) != _RESIDUE:
         raise IntegrityError(f"a chunk of {origin} fails its checksum", "proteus run computes it again")
     return memoryview(data)[:-CRC_BYTES]
 

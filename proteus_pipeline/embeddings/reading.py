@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 R = TypeVar("R")
-_READING = 2
+B = TypeVar("B", bytes, memoryview)
+READING = 2
 _REPAIR = "run: proteus cache verify --repair"
 
 
@@ -80,12 +81,13 @@ class Reader:
     @staticmethod
     def _array(store: Store, name: str, entry: Entry) -> NDArray[np.generic]:
         where = f"{store.location}/{name}"
-        data = _bytes(store, name, entry.offset, entry.nbytes)
         if len(entry.shape) == 1:
+            data = _bytes(store, name, entry.offset, entry.nbytes)  # a copy: a view might keep a thousand times as much
             whole = len(data) - len(data) % NUMPY_DTYPES[entry.stored].itemsize  # of a damaged index's number of bytes
             array: NDArray[np.generic] = np.frombuffer(data[:whole], dtype=NUMPY_DTYPES[entry.stored])
         else:
-            array = decode_entry(data, entry.stored, entry.shape, where)
+            chunk = _whole(store, name, store.view(name, entry.offset, entry.nbytes), entry.nbytes)
+            array = decode_entry(chunk, entry.stored, entry.shape, where)
         if content_hash(array, entry.stored) != entry.content:
             raise IntegrityError(f"entry {entry.key} in {where} is not what its index says", "it is computed again")
         return array
@@ -192,7 +194,10 @@ class Reader:
 
 
 def _bytes(store: Store, name: str, offset: int, nbytes: int) -> bytes:
-    data = store.read(name, offset, nbytes)
+    return _whole(store, name, store.read(name, offset, nbytes), nbytes)
+
+
+def _whole(store: Store, name: str, data: B, nbytes: int) -> B:
     if len(data) != nbytes:
         raise IntegrityError(f"{store.location}/{name} is truncated", _REPAIR)
     return data
@@ -201,11 +206,11 @@ def _bytes(store: Store, name: str, offset: int, nbytes: int) -> bytes:
 def ahead(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
     """Yield a function of each item, in order, while threads work on the next ones: reading and decoding leave Python's lock."""
     waiting: deque[Future[R]] = deque()
-    with ThreadPoolExecutor(_READING, "reader") as pool:
+    with ThreadPoolExecutor(READING, "reader") as pool:
         try:
             for item in items:
                 waiting.append(pool.submit(function, item))
-                if len(waiting) > _READING + 1:
+                if len(waiting) > READING + 1:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
