@@ -16,39 +16,6 @@ from typing import Any
 
 KEY, SECRET, BUCKET = "proteus", "proteus-secret", "proteus"
 
-# In a process of its own, so that it takes nobody's lock.
-DELAYING = """
-import asyncio, sys
-listen, port, seconds = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
-async def carry(source, target):
-    loop, queue = asyncio.get_running_loop(), asyncio.Queue(512)
-    async def deliver():
-        while True:
-            when, data = await queue.get()
-            if when > loop.time():
-                await asyncio.sleep(when - loop.time())
-            target.write(data)
-            if not data:
-                break
-            await target.drain()
-    delivering = asyncio.create_task(deliver())
-    try:
-        while data := await source.read(1 << 18):
-            await queue.put((loop.time() + seconds, data))
-    finally:
-        await queue.put((loop.time() + seconds, b""))
-        await delivering
-        target.close()
-async def serve(reader, writer):
-    there, back = await asyncio.open_connection("127.0.0.1", port, limit=1 << 20)
-    await asyncio.gather(carry(reader, back), carry(there, writer), return_exceptions=True)
-async def main():
-    server = await asyncio.start_server(serve, "127.0.0.1", listen, limit=1 << 20)
-    print("ready", flush=True)
-    await server.serve_forever()
-asyncio.run(main())
-"""
-
 
 def _port() -> int:
     with socket.socket() as probe:
@@ -105,7 +72,8 @@ def delayed(port: int, seconds: float) -> Iterator[str]:
     """Give the endpoint of a proxy that holds what passes for a while, half of it each way."""
     listen = _port()
     process = subprocess.Popen(
-        [sys.executable, "-c", DELAYING, str(listen), str(port), str(seconds / 2)], stdout=subprocess.PIPE
+        [sys.executable, str(Path(__file__).with_name("_delay.py")), str(listen), str(port), str(seconds / 2)],
+        stdout=subprocess.PIPE,
     )
     try:
         assert process.stdout is not None

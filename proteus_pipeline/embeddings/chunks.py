@@ -18,7 +18,7 @@ from proteus_pipeline.errors import IntegrityError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    Buffer = bytes | NDArray[np.uint8]
+    Buffer = bytes | memoryview | NDArray[np.uint8]
 
 ROWS_PER_CHUNK = 32  # what a last chunk may waste is small; a row is read without its chunk
 CRC_BYTES = 4
@@ -166,7 +166,8 @@ def checked(data: Buffer, origin: object) -> memoryview:
     import google_crc32c
 
     # Of bytes that end in their own crc32c, the crc32c is always the same: nothing is copied to leave its four bytes out.
-    if len(data) <= CRC_BYTES or google_crc32c.value(data) != _RESIDUE:
+    # As an array, since google_crc32c takes no memoryview.
+    if len(data) <= CRC_BYTES or google_crc32c.value(np.frombuffer(data, np.uint8)) != _RESIDUE:
         raise IntegrityError(f"a chunk of {origin} fails its checksum", "proteus run computes it again")
     view: Any = data  # an array is a buffer too, which its type does not say
     return memoryview(view)[:-CRC_BYTES]

@@ -184,7 +184,7 @@ class EntryLookup:
         found = [by_key[key] for key in unique if key in by_key]
         here = self.visible.segments()
         if isinstance(self._beneath, ReadThrough) and any(entries[0].segment not in here for entries in found):
-            yield from filter(None, ahead(self._first_sound, reading_ahead(self._beneath, found, here)))
+            yield from filter(None, reading_ahead(self._beneath, found, here, self._first_sound))
         elif sum(entries[0].nbytes for entries in found) > _WORTH_THREADS:
             yield from filter(None, ahead(self._first_sound, found))
         else:

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 R = TypeVar("R")
-_READING = 2
+B = TypeVar("B", bytes, memoryview)
+READING = 2
 # A thread keeps the memory that it reads into, where that is no more.
 _KEPT_BYTES = 8 << 20
 _REPAIR = "run: proteus cache verify --repair"
@@ -86,7 +87,7 @@ class Reader:
     def _array(self, store: Store, name: str, entry: Entry) -> NDArray[np.generic]:
         where = f"{store.location}/{name}"
         if len(entry.shape) == 1:
-            data = _bytes(store, name, entry.offset, entry.nbytes)
+            data = _bytes(store, name, entry.offset, entry.nbytes)  # a copy: a view might keep a thousand times as much
             whole = len(data) - len(data) % NUMPY_DTYPES[entry.stored].itemsize  # of a damaged index's number of bytes
             array: NDArray[np.generic] = np.frombuffer(data[:whole], dtype=NUMPY_DTYPES[entry.stored])
         else:
@@ -101,7 +102,7 @@ class Reader:
         In memory that is used again: new memory takes a system as long to give as decoding takes (measured: 1 ms a MB).
         """
         if entry.nbytes > _KEPT_BYTES or not isinstance(store, LocalStore):
-            return _bytes(store, name, entry.offset, entry.nbytes)
+            return _whole(store, name, store.view(name, entry.offset, entry.nbytes), entry.nbytes)
         kept: NDArray[np.uint8] | None = getattr(self._kept, "buffer", None)
         if kept is None or len(kept) < entry.nbytes:
             kept = self._kept.buffer = np.empty(entry.nbytes + entry.nbytes // 4, np.uint8)
@@ -212,7 +213,10 @@ class Reader:
 
 
 def _bytes(store: Store, name: str, offset: int, nbytes: int) -> bytes:
-    data = store.read(name, offset, nbytes)
+    return _whole(store, name, store.read(name, offset, nbytes), nbytes)
+
+
+def _whole(store: Store, name: str, data: B, nbytes: int) -> B:
     if len(data) != nbytes:
         raise _truncated(store, name)
     return data
@@ -225,11 +229,11 @@ def _truncated(store: Store, name: str) -> IntegrityError:
 def ahead(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
     """Yield a function of each item, in order, while threads work on the next ones: reading and decoding leave Python's lock."""
     waiting: deque[Future[R]] = deque()
-    with ThreadPoolExecutor(_READING, "reader") as pool:
+    with ThreadPoolExecutor(READING, "reader") as pool:
         try:
             for item in items:
                 waiting.append(pool.submit(function, item))
-                if len(waiting) > _READING + 1:
+                if len(waiting) > READING + 1:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()

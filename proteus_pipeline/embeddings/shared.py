@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from proteus_pipeline.embeddings.events import FOLDER as EVENTS
 from proteus_pipeline.embeddings.exchange import copy_segment
 from proteus_pipeline.embeddings.found import Entry
 from proteus_pipeline.embeddings.index import INDEXES, RUNS, SegmentHeader
 from proteus_pipeline.embeddings.publication import SEGMENTS
+from proteus_pipeline.embeddings.reading import READING
 from proteus_pipeline.embeddings.visible import Visible
 from proteus_pipeline.errors import ConfigError, IntegrityError, StorageError
 from proteus_pipeline.identity import digests
 from proteus_pipeline.stores.places import open_place, scheme_of
+from proteus_pipeline.stores.ranges import Range
 from proteus_pipeline.stores.read_through import ReadThrough
 from proteus_pipeline.stores.s3 import S3Store
 from proteus_pipeline.stores.s3_access import PATIENT, QUICK, Patience
@@ -27,11 +30,13 @@ if TYPE_CHECKING:
 
     from proteus_pipeline.stores.store import Store
 
+R = TypeVar("R")
 LOCAL_BYTES = 2 << 30
 """What the tier of a shared cache's files may take here, where nothing else is said."""
 FOLDER = "shared"
 _FOLDERS = (SEGMENTS, INDEXES, RUNS, EVENTS)
-# Read ahead at a time, and twice this is in memory: neighbours among so many are read together, which is what makes it fast.
+# Read ahead at a time, and twice this is in memory, or what it is decoded: neighbours among so many are read together, which
+# is what makes it fast.
 _AHEAD_BYTES = 256 << 20
 _log = logging.getLogger(__name__)
 
@@ -48,7 +53,10 @@ class DistantVisible(Visible):
 
     def refresh(self) -> None:
         try:
-            super().refresh()
+            due = [f for f in (EVENTS, INDEXES) if not self._tier.unchanged(f, self._marks.get(f))]
+            # Not with the runs: what is merged away while the indexes are listed must be in a run that is listed then.
+            with self._tier.listing(due):
+                super().refresh()
         except StorageError as error:
             # Not even what was seen before: what hides it now is not known.
             self.forget()
@@ -125,9 +133,15 @@ def check_has_cache(store: Store) -> None:
 
 
 def reading_ahead(
-    store: ReadThrough, found: Sequence[Sequence[Entry]], here: Collection[str]
-) -> Iterator[Sequence[Entry]]:
-    """Yield entries as they come, the bytes of those that lie far away once they were fetched, many by one request.
+    store: ReadThrough,
+    found: Sequence[Sequence[Entry]],
+    here: Collection[str],
+    read: Callable[[Sequence[Entry]], R],
+) -> Iterator[R]:
+    """Yield what is read of each key's entries, in their order.
+
+    The bytes of those that lie far away are fetched many by one request, and read in the order in which they come: in that
+    of the keys, nearly all of them would have to be here before the first few can be read.
 
     Parameters
     ----------
@@ -137,24 +151,54 @@ def reading_ahead(
         The entries of each key, the best first.
     here
         The segments that need not be fetched.
+    read
+        What reads a key's entries; called in threads.
 
     """
-    flying: deque[tuple[list[Sequence[Entry]], list[tuple[str, int, int]]]] = deque()
+    flying: deque[tuple[deque[Future[R]], list[Range]]] = deque()
     try:
-        for part in _portions(found):
-            wanted = [(f"{SEGMENTS}/{e.segment}", e.offset, e.nbytes) for e, *_ in part if e.segment not in here]
-            store.read_ahead(wanted)
-            flying.append((part, wanted))
-            if len(flying) > 1:
-                yield from flying[0][0]
-                flying.popleft()
-        while flying:
-            yield from flying[0][0]
-            flying.popleft()
+        with ThreadPoolExecutor(READING, "reader") as pool:
+            try:
+                for part in _portions(found):
+                    wanted = [_range(entries) for entries in part if entries[0].segment not in here]
+                    flying.append((_begin(pool, read, part, store.read_ahead(wanted)), wanted))
+                    if len(flying) > 1:
+                        yield from _results(flying[0][0])
+                        flying.popleft()
+                while flying:
+                    yield from _results(flying[0][0])
+                    flying.popleft()
+            finally:
+                for futures, _ in flying:
+                    for future in futures:
+                        future.cancel()
     finally:
         # Whoever stops asking: the entries that were not read.
         for _, wanted in flying:
             store.forget_ahead(wanted)
+
+
+def _begin(
+    pool: ThreadPoolExecutor,
+    read: Callable[[Sequence[Entry]], R],
+    part: Sequence[Sequence[Entry]],
+    coming: Sequence[Range],
+) -> deque[Future[R]]:
+    """Have each key's entries read, what is here first, then what comes first; return the results to come by their order."""
+    turns = {one: turn for turn, one in enumerate(coming)}
+    order = sorted(range(len(part)), key=lambda i: turns.get(_range(part[i]), -1))
+    begun = {i: pool.submit(read, part[i]) for i in order}
+    return deque(begun[i] for i in range(len(part)))
+
+
+def _range(entries: Sequence[Entry]) -> Range:
+    entry = entries[0]
+    return f"{SEGMENTS}/{entry.segment}", entry.offset, entry.nbytes
+
+
+def _results(futures: deque[Future[R]]) -> Iterator[R]:
+    while futures:
+        yield futures.popleft().result()
 
 
 def _portions(found: Sequence[Sequence[Entry]]) -> Iterator[list[Sequence[Entry]]]:

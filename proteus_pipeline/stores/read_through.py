@@ -10,9 +10,9 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import CancelledError, Future
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, TypeVar
 from proteus_pipeline.errors import IntegrityError, StorageError
 from proteus_pipeline.identity import digests
 from proteus_pipeline.stores.files import TEMPORARY_PREFIX, storage_error
+from proteus_pipeline.stores.ranges import Range, cut, joined
 from proteus_pipeline.stores.store import LocalStore, Unfinished
 
 if TYPE_CHECKING:
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
-_Range = tuple[str, int, int]
 # How old a listing may be. An index or an invalidation that is published there is seen so much later.
 BELIEVED_SECONDS = 1.0
 # How long a place that failed is not asked again.
@@ -77,7 +77,8 @@ class ReadThrough:
         # Of writing alone: who may not write there may read, and a hung upload takes longer than a read.
         self._unwritten: tuple[StorageError, float] | None = None
         self._listed: dict[str, dict[str, tuple[int, str]]] = {}
-        self._ahead: dict[_Range, tuple[Future[memoryview], int]] = {}
+        self._before = threading.local()
+        self._ahead: dict[Range, list[tuple[Future[memoryview], int]]] = {}
         self._lock = threading.Lock()
         self._told = False
 
@@ -111,9 +112,20 @@ class ReadThrough:
             raise StorageError(failed.what, failed.remedy)
 
     def names(self, folder: str) -> set[str]:
-        listed = self.ask(partial(self.far.sizes, folder))
-        self._listed[folder] = listed
-        return set(listed)
+        before: dict[str, dict[str, tuple[int, str]]] = getattr(self._before, "listed", {})
+        listed = before.pop(folder, None)
+        self._listed[folder] = listed if listed is not None else self.ask(partial(self.far.sizes, folder))
+        return set(self._listed[folder])
+
+    @contextmanager
+    def listing(self, folders: Sequence[str]) -> Iterator[None]:
+        """List some folders at the same time, of which `names` will be asked within, each once, in this thread."""
+        listed = self.ask(lambda: self.far.together([partial(self.far.sizes, folder) for folder in folders]))
+        self._before.listed = dict(zip(folders, listed, strict=True))
+        try:
+            yield
+        finally:
+            self._before.listed = {}
 
     def mark(self, folder: str) -> object:  # noqa: ARG002 - a Store's
         return time.monotonic()
@@ -126,31 +138,43 @@ class ReadThrough:
         return self.ask(partial(self.far.size, name))
 
     def read(self, name: str, offset: int = 0, nbytes: int | None = None) -> bytes:
-        if nbytes is not None:
-            with self._lock:
-                coming = self._ahead.pop((name, offset, nbytes), None)
-            if coming is not None:
-                future, at = coming
-                return bytes(self.ask(future.result)[at : at + nbytes])
-        return self.ask(partial(self.far.read, name, offset, nbytes))
+        if nbytes is None:
+            return self.ask(partial(self.far.read, name, offset))
+        return bytes(self.view(name, offset, nbytes))
+
+    def view(self, name: str, offset: int, nbytes: int) -> memoryview:
+        with self._lock:
+            coming = self._ahead.pop((name, offset, nbytes), None)
+        if coming is not None:
+            with suppress(CancelledError):  # by another one who had asked for a part of the same bytes
+                return joined([cut(self.ask(future.result), first, offset, nbytes) for future, first in coming])
+        return self.ask(partial(self.far.view, name, offset, nbytes))
 
     def read_many(self, name: str, offsets: list[int], buffers: list[memoryview]) -> list[bool]:
         return self.ask(partial(self.far.read_many, name, offsets, buffers))
 
-    def read_ahead(self, wanted: Sequence[_Range]) -> None:
-        """Begin to read ranges that `read` will be asked for, by few requests; their errors are `read`'s."""
+    def read_ahead(self, wanted: Sequence[Range]) -> list[Range]:
+        """Begin to read ranges that `read` or `view` will be asked for, by few requests; their errors are theirs.
+
+        Returns
+        -------
+        list of tuple
+            Of the ranges those that come, roughly in the order in which they do.
+
+        """
         if self._failed and time.monotonic() < self._again:
-            return
+            return []
         coming = self.far.begin_ranges(wanted)
         with self._lock:
             self._ahead |= coming
+        return list(coming)
 
-    def forget_ahead(self, wanted: Iterable[_Range]) -> None:
+    def forget_ahead(self, wanted: Iterable[Range]) -> None:
         """Let go of what was read ahead and not asked for."""
         with self._lock:
             for one in wanted:
-                if coming := self._ahead.pop(one, None):
-                    coming[0].cancel()
+                for future, _ in self._ahead.pop(one, ()):
+                    future.cancel()
 
     def bring(self, names: Iterable[str]) -> None:
         """Have files in the tier, several at a time, before `map` asks for each, where all have room."""

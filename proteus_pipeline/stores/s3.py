@@ -18,7 +18,7 @@ from proteus_pipeline.errors import StorageError
 from proteus_pipeline.stores import s3_access, s3_uploads
 from proteus_pipeline.stores.counts import count
 from proteus_pipeline.stores.files import TEMPORARY_PREFIX, storage_error
-from proteus_pipeline.stores.ranges import PART_BYTES, spans_of
+from proteus_pipeline.stores.ranges import PART_BYTES, Range, cut, joined, spans_of
 from proteus_pipeline.stores.s3_access import PATIENT, Bucket, Patience, parse_url
 from proteus_pipeline.stores.store import Unfinished
 
@@ -159,23 +159,24 @@ class S3Store:
         return int(self.ask("read", name, lambda there: there.head(name)["size"]))
 
     def read(self, name: str, offset: int = 0, nbytes: int | None = None) -> bytes:
-        if nbytes is None:
-            return self._rest(name, offset)
+        return bytes(self._rest(name, offset) if nbytes is None else self.view(name, offset, nbytes))
+
+    def view(self, name: str, offset: int, nbytes: int) -> memoryview:
         if nbytes <= 0 or offset >= _LARGEST:
             self.size(name)
-            return b""
+            return memoryview(b"")
         nbytes = min(nbytes, _LARGEST - offset)
         if nbytes <= PART_BYTES:
             return self._part(name, offset, nbytes)
-        return self._rest(name, offset, nbytes)
+        return memoryview(self._rest(name, offset, nbytes))
 
-    def _part(self, name: str, offset: int, nbytes: int) -> bytes:
-        def some(there: Client) -> bytes:
+    def _part(self, name: str, offset: int, nbytes: int) -> memoryview:
+        def some(there: Client) -> memoryview:
             try:
-                data = bytes(there.get_range(name, start=offset, length=nbytes))
+                data = memoryview(there.get_range(name, start=offset, length=nbytes))
             except Exception as error:
                 if "status code: 416" in str(error):  # it ends before
-                    return b""
+                    return memoryview(b"")
                 raise
             count("proteus_cache_fetched_bytes_total", len(data), cache="shared")
             return data
@@ -214,7 +215,7 @@ class S3Store:
                 buffer[:] = data
         return [len(data) == len(buffer) for data, buffer in zip(found, buffers, strict=True)]
 
-    def ranges(self, wanted: Sequence[tuple[str, int, int]]) -> list[memoryview]:
+    def ranges(self, wanted: Sequence[Range]) -> list[memoryview]:
         """Return ranges of files, neighbours by one request, many requests at a time; fewer bytes where a file ends before.
 
         Parameters
@@ -228,34 +229,34 @@ class S3Store:
             When one of the files is not there.
 
         """
-        found = [memoryview(b"")] * len(wanted)
+        found: list[list[memoryview]] = [[] for _ in wanted]
         spans = spans_of(wanted, _LARGEST)
         spanned = self.together([partial(self._span, name, start, end) for name, start, end, _ in spans])
         for (_, first, _, members), data in zip(spans, spanned, strict=True):
             for i in members:
-                at = wanted[i][1] - first
-                found[i] = data[at : at + wanted[i][2]]
-        return found
+                found[i].append(cut(data, first, *wanted[i][1:]))
+        return [joined(pieces) for pieces in found]
 
-    def begin_ranges(
-        self, wanted: Sequence[tuple[str, int, int]]
-    ) -> dict[tuple[str, int, int], tuple[Future[memoryview], int]]:
-        """Begin to read what `ranges` does; return of each range the bytes to come, and where in them its own begin."""
-        coming = {}
+    def begin_ranges(self, wanted: Sequence[Range]) -> dict[Range, list[tuple[Future[memoryview], int]]]:
+        """Begin to read what `ranges` does; return of each range the spans to come that it lies in, and where they begin.
+
+        The ranges are in the order in which they are asked for, and so roughly in that in which they come.
+        """
+        coming: dict[Range, list[tuple[Future[memoryview], int]]] = {}
         # Those first that are needed first, and not those that lie first.
         for name, start, end, members in sorted(spans_of(wanted, _LARGEST), key=lambda span: min(span[3])):
             future = self._threads().submit(self._span, name, start, end)
-            for i in members:
-                coming[wanted[i]] = future, wanted[i][1] - start
+            for one in {wanted[i] for i in members}:
+                coming[one] = sorted([*coming.pop(one, ()), (future, start)], key=lambda piece: piece[1])
         return coming
 
     def _span(self, name: str, start: int, end: int) -> memoryview:
-        parts: list[bytes] = []
+        parts: list[memoryview] = []
         for at in range(start, end, PART_BYTES):
             parts.append(self._part(name, at, min(PART_BYTES, end - at)))
             if len(parts[-1]) < PART_BYTES:
                 break  # the file ends here, though a damaged index may ask for terabytes
-        return memoryview(parts[0] if len(parts) == 1 else b"".join(parts))
+        return joined(parts)
 
     def map(self, name: str) -> memoryview:
         """Return a whole file's bytes, read: a bucket maps nothing."""

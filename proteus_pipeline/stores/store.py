@@ -68,6 +68,9 @@ class Store(Protocol):
     def read(self, name: str, offset: int = 0, nbytes: int | None = None) -> bytes:
         """Return bytes of a file, all from `offset` where `nbytes` is None; fewer where it ends before."""
 
+    def view(self, name: str, offset: int, nbytes: int) -> memoryview:
+        """Return what `read` does, not copied where that can be: it may keep its neighbours in memory."""
+
     def read_many(self, name: str, offsets: list[int], buffers: list[memoryview]) -> list[bool]:
         """Fill buffers with bytes of a file from offsets, and say of each whether there were enough."""
 
@@ -200,6 +203,9 @@ class LocalStore:
             raise
         except OSError as error:
             raise storage_error("read", self.root / name, error) from error
+
+    def view(self, name: str, offset: int, nbytes: int) -> memoryview:
+        return memoryview(self.read(name, offset, nbytes))
 
     def read_many(self, name: str, offsets: list[int], buffers: list[memoryview]) -> list[bool]:
         try:

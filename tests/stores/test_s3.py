@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import random
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
 from pathlib import Path
 from threading import Thread
 
@@ -17,7 +20,8 @@ from s3 import ACCESS_KEY, BUCKET, SECRET_KEY, S3Server
 
 from proteus_pipeline.errors import ConfigError, StorageError
 from proteus_pipeline.stores.places import check_location, open_place, scheme_of
-from proteus_pipeline.stores.ranges import spans_of
+from proteus_pipeline.stores.ranges import PART_BYTES, spans_of
+from proteus_pipeline.stores.read_through import ReadThrough
 from proteus_pipeline.stores.s3 import S3Store
 from proteus_pipeline.stores.s3_access import Patience, parse_url
 from proteus_pipeline.stores.store import LocalStore
@@ -170,9 +174,10 @@ def test_a_range_beyond_a_files_end_takes_no_request_for_each_part_of_it(url: st
     store = S3Store(url)
     store.write("seg/a", b"0123456789")
     wanted = ("seg/a", 4, 1 << 42)  # as a damaged index may ask for
-    ((future, at),) = store.begin_ranges([wanted]).values()
+    (((future, first),),) = store.begin_ranges([wanted]).values()
     try:
-        assert bytes(future.result(timeout=20)[at : at + wanted[2]]) == b"456789"
+        assert first == 4
+        assert bytes(future.result(timeout=20)) == b"456789"
     finally:
         store.remove("seg/a")  # and who asked on would now be told that it is gone
 
@@ -227,14 +232,50 @@ def test_a_location_is_a_folder_or_a_bucket(tmp_path: Path):
 
 
 @given(
-    st.lists(st.tuples(st.sampled_from("ab"), st.integers(0, 30 << 20), st.integers(0, 1 << 20)), max_size=30),
+    st.lists(
+        st.tuples(st.sampled_from("ab"), st.integers(0, 30 << 20), st.integers(0, 1 << 20) | st.integers(0, 20 << 20)),
+        max_size=30,
+    ),
 )
-def test_requests_cover_each_range_once(wanted: list[tuple[str, int, int]]):
-    spans = spans_of(wanted, 1 << 40)
-    covered = sorted(i for *_, members in spans for i in members)
-    assert covered == [i for i, (_, _, nbytes) in enumerate(wanted) if nbytes]
-    for name, start, end, members in spans:
-        assert all(
-            wanted[i][0] == name and start <= wanted[i][1] and wanted[i][1] + wanted[i][2] <= end for i in members
+def test_requests_cover_each_range_once_and_lie_in_one_part(wanted: list[tuple[str, int, int]]):
+    covered: dict[int, list[tuple[int, int]]] = {}
+    for name, start, end, members in spans_of(wanted, 1 << 40):
+        assert start // PART_BYTES == (end - 1) // PART_BYTES or (
+            len(members) == 1 and wanted[members[0]] == (name, start, end - start) and end - start > PART_BYTES
         )
-        assert end - start <= (4 << 20)
+        for i in members:
+            its, offset, nbytes = wanted[i]
+            assert its == name
+            covered.setdefault(i, []).append((max(start, offset), min(end, offset + nbytes)))
+    for i, (_, offset, nbytes) in enumerate(wanted):
+        pieces = covered.get(i, [(offset, offset)])
+        assert [pieces[0][0], pieces[-1][1]] == [offset, offset + nbytes]
+        assert all(one[1] == next_one[0] for one, next_one in pairwise(pieces))
+
+
+def test_ranges_that_lie_in_two_parts_are_whole(url: str, tmp_path: Path):
+    data = random.Random(0).randbytes((17 << 20) + 100)
+    store = S3Store(url)
+    send(store, "seg/a", data)
+    edges = [n * PART_BYTES for n in (1, 2)]
+    wanted = [("seg/a", edge - before, nbytes) for edge in edges for before, nbytes in ((1, 2), (900, 5000), (0, 7))]
+    wanted += [("seg/a", 5, PART_BYTES), ("seg/a", 3, 2 * PART_BYTES), ("seg/a", 17 << 20, 500), ("seg/a", 1 << 30, 5)]
+    expected = [data[offset : offset + nbytes] for _, offset, nbytes in wanted]
+    assert [bytes(found) for found in store.ranges(wanted)] == expected
+    tier = ReadThrough(store, tmp_path, 1 << 20)
+    assert sorted(tier.read_ahead(wanted)) == sorted(wanted)
+    assert [bytes(tier.view(*one)) for one in wanted] == expected
+    assert [tier.read(*one) for one in wanted] == expected  # asked for again: they were let go
+
+
+def test_bytes_that_another_reader_let_go_are_read_again(url: str, tmp_path: Path):
+    store = S3Store(url)
+    store.write("seg/a", b"0123456789")
+    tier = ReadThrough(store, tmp_path, 1 << 20)
+    waits = threading.Event()
+    for _ in range(32):  # all who read are busy: what is asked for is still to be begun
+        store._threads().submit(waits.wait)
+    tier.read_ahead([("seg/a", 0, 5), ("seg/a", 5, 5)])
+    tier.forget_ahead([("seg/a", 0, 5)])
+    waits.set()
+    assert bytes(tier.view("seg/a", 5, 5)) == b"56789"
