@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bar
     from rich.progress import TaskID
 
-_LINE_EVERY_S = 10.0
+# The first line soon, each later one after twice the time, and then one every so many seconds.
+_FIRST_LINE_S, _LINE_EVERY_S = 1.0, 10.0
 
 
 class EmbeddingProgress:
@@ -25,11 +26,12 @@ class EmbeddingProgress:
         self._task: TaskID | None = None
         self._todo = self._done = self._all_tokens = self._tokens = 0
         self._flops = self._peak = 0.0
-        self._began = self._said = time.perf_counter()
+        self._began = time.perf_counter()
+        self._due = _FIRST_LINE_S
 
     def start(self, total: int, hits: int, tokens: int, peak: float) -> None:
         self._todo, self._all_tokens, self._peak = total - hits, tokens, peak
-        self._began = self._said = time.perf_counter()
+        self._began = time.perf_counter()
         if not self._todo or quiet():
             return
         if sys.stderr.isatty():
@@ -41,8 +43,7 @@ class EmbeddingProgress:
         self._done += sequences
         self._tokens += tokens
         self._flops += flops
-        now = time.perf_counter()
-        seconds = max(now - self._began, 1e-9)
+        seconds = max(time.perf_counter() - self._began, 1e-9)
         rate = self._tokens / seconds
         share = f", {self._flops / seconds / self._peak:.0%} of this machine's matrix products" if self._peak else ""
         if quiet():
@@ -50,8 +51,8 @@ class EmbeddingProgress:
         if self._bar is not None and self._task is not None:
             told = f"{self._done}/{self._todo} sequences, {rate:,.0f} tokens/s{share}"
             self._bar.update(self._task, advance=tokens, told=told)
-        elif now - self._said >= _LINE_EVERY_S:
-            self._said = now
+        elif seconds >= self._due:
+            self._due = seconds + min(seconds, _LINE_EVERY_S)
             # By tokens: the longest sequences come first, so a count of sequences would promise too long a wait.
             left = (self._all_tokens - self._tokens) / rate
             self._say(

@@ -15,14 +15,17 @@ def test_lines_say_the_pace_its_share_of_the_machine_and_the_time_left(
     monkeypatch.setattr(progress.time, "perf_counter", lambda: now)
     with EmbeddingProgress("embed") as told:
         told.start(total=12, hits=2, tokens=5000, peak=4e9)
-        for _ in range(5):
+        for _ in range(8):
             now += 5
             told.advance(1, 500, 5e9)
     lines = capsys.readouterr().err.splitlines()
     assert lines == [
         "embed: 12 distinct sequences, 2 known, 10 to compute",
+        "embed: 1 of 10 computed, 100 tokens/s, 25% of this machine's matrix products, 45 s left",
         "embed: 2 of 10 computed, 100 tokens/s, 25% of this machine's matrix products, 40 s left",
         "embed: 4 of 10 computed, 100 tokens/s, 25% of this machine's matrix products, 30 s left",
+        "embed: 6 of 10 computed, 100 tokens/s, 25% of this machine's matrix products, 20 s left",
+        "embed: 8 of 10 computed, 100 tokens/s, 25% of this machine's matrix products, 10 s left",
     ]
 
 
