@@ -3,9 +3,9 @@
 The same data, all sides in turn. Hidden states of real proteins per residue, fp16, width 1280, on a real S3 server (SeaweedFS)
 behind a proxy that delays what passes. Read: 400 entries in random order, ours with every check, .pt objects by 16 threads of
 obstore and of boto3 (the better one counts), zarr-python through obstore, an array a sequence in one chunk, 16 at a time. They
-are all that each store holds: fewer of many have fewer neighbours, and are read by more requests. The others' clients are open
-before the clock starts; our cache is opened anew each time. Written: our push beside boto3's upload of the same bytes in as
-many objects.
+are all that each store holds: fewer of many have fewer neighbours, and are read by more requests. Every side's clients are open
+before the clock starts, so that none of them pays for connections; ours asks each time what is new there. Written: our push
+beside boto3's upload of the same bytes in as many objects.
 
 Server, proxy and reader share this machine's cores, which are what bounds every side: on two, other work ruins the figures.
 """
@@ -91,7 +91,7 @@ def read(arrays: dict[str, np.ndarray], folder: Path, direct: str, far: str, rou
     assert np.array_equal(asyncio.run(zarr_all())[3], arrays[keys[3]])
     taken = in_turn(
         {
-            "ours": lambda: sum(1 for _ in EmbeddingCache(folder / "reader", shared="s3://proteus/ours").find(keys)),
+            "ours": lambda: sum(1 for _ in beneath.find(keys)),
             ".pt, obstore": lambda: list(pool.map(lambda key: from_pt(bytes(away.get(f"pt/{key}.pt").bytes())), keys)),
             ".pt, boto3": boto_all,
             "zarr": lambda: asyncio.run(zarr_all()),

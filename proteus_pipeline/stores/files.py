@@ -40,7 +40,7 @@ _PATIENCE, _FIRST_PAUSE, _LONGEST_PAUSE = 5.0, 0.0002, 0.005
 _WRITE_FAILED = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
 
-def storage_error(action: str, path: Path, error: OSError) -> StorageError:
+def storage_error(action: str, path: Path | str, error: OSError) -> StorageError:
     """Return the error that says what could not be done (``write``, ``read``) to which path, why, and the remedy.
 
     >>> str(storage_error("write", Path("a/b"), OSError(errno.ENOSPC, "No space left on device")))

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -46,6 +46,9 @@ class _Sent:
     def __init__(self, tier: ReadThrough, file: Unfinished) -> None:
         self._tier, self._file = tier, file
         self.path = file.path
+
+    def take(self, path: Path) -> bool:
+        return self._file.take(path)
 
     def publish(self) -> None:
         self._tier.ask(self._file.publish, writing=True)
@@ -190,6 +193,9 @@ class ReadThrough:
         missing = [name for name in names if self._kept(name) is None]
         with suppress(FileNotFoundError):  # merged meanwhile
             self.ask(lambda: self.far.together([partial(self._bring, name) for name in missing]))
+
+    def at_hand(self, name: str) -> AbstractContextManager[None]:
+        return self.far.at_hand(name)
 
     def map(self, name: str) -> memoryview | mmap.mmap:
         path = self._kept(name)

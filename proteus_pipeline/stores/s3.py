@@ -8,7 +8,7 @@ import secrets
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
-_READ_AT_ONCE = 16
+_READ_AT_ONCE = 32
 # No object is larger; a damaged index may ask for more.
 _LARGEST = 5 << 40
 
@@ -257,6 +257,9 @@ class S3Store:
             if len(parts[-1]) < PART_BYTES:
                 break  # the file ends here, though a damaged index may ask for terabytes
         return joined(parts)
+
+    def at_hand(self, name: str) -> AbstractContextManager[None]:  # noqa: ARG002 - a Store's
+        return nullcontext()
 
     def map(self, name: str) -> memoryview:
         """Return a whole file's bytes, read: a bucket maps nothing."""

@@ -30,11 +30,16 @@ _SENT = "proteus_cache_sent_bytes_total"
 
 
 class Upload:
-    """A file that is written here, in the system's temporary folder (``TMPDIR``), and sent when it is whole."""
+    """A file that is written here, in the system's temporary folder (``TMPDIR``), or lies here, and is sent when it is whole."""
 
     def __init__(self, store: S3Store, where: Bucket, name: str) -> None:
         self._store, self._where, self._name = store, where, name
         self.path = Path(tempfile.gettempdir(), f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}{Path(name).suffix}")
+        self._taken = False
+
+    def take(self, path: Path) -> bool:
+        self.path, self._taken = path, True
+        return True
 
     def publish(self) -> None:
         try:
@@ -42,13 +47,14 @@ class Upload:
         except StorageError:
             raise  # it says already what it is about
         except OSError as error:
-            raise storage_error("send", self.path, error) from error
+            raise storage_error("send", f"{self._store.location}/{self._name}", error) from error
         finally:
             self.discard()
 
     def discard(self) -> None:
-        with suppress(OSError):
-            self.path.unlink(missing_ok=True)
+        if not self._taken:
+            with suppress(OSError):
+                self.path.unlink(missing_ok=True)
 
     def _send(self) -> None:
         store, name, size = self._store, self._name, self._size()

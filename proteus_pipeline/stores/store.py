@@ -11,7 +11,8 @@ import os
 import secrets
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -29,6 +30,12 @@ class Unfinished(Protocol):
 
     path: Path
     """Where to write it, on this machine."""
+
+    def take(self, path: Path) -> bool:
+        """Have another file of this machine sent in place of one at `path`; False where it has to be written there.
+
+        That file is left as it is, and must stay so until `publish` returns.
+        """
 
     def publish(self) -> None:
         """Make it whole and there: when this returns, it survives a crash.
@@ -71,6 +78,9 @@ class Store(Protocol):
     def view(self, name: str, offset: int, nbytes: int) -> memoryview:
         """Return what `read` does, not copied where that can be: it may keep its neighbours in memory."""
 
+    def at_hand(self, name: str) -> AbstractContextManager[Path | None]:
+        """Give a path at which a file can be read on this machine, also where it is removed meanwhile; None for none."""
+
     def read_many(self, name: str, offsets: list[int], buffers: list[memoryview]) -> list[bool]:
         """Fill buffers with bytes of a file from offsets, and say of each whether there were enough."""
 
@@ -100,6 +110,9 @@ class _LocalFile:
         except OSError as error:
             raise storage_error("write", target, error) from error
 
+    def take(self, path: Path) -> bool:  # noqa: ARG002 - another folder's copy is there to be another one
+        return False
+
     def publish(self) -> None:
         try:
             replace_atomic(self.path, self._target)
@@ -120,12 +133,12 @@ class _LocalFile:
 class _Opened:
     """An open file, closed when the last who reads it lets go of it."""
 
-    def __init__(self, path: str) -> None:
-        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        self.size = os.fstat(self.descriptor).st_size
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+        self.size = os.fstat(descriptor).st_size
 
     def __del__(self) -> None:
-        with suppress(OSError, AttributeError):  # it could not even be opened
+        with suppress(OSError):
             os.close(self.descriptor)
 
 
@@ -207,6 +220,18 @@ class LocalStore:
     def view(self, name: str, offset: int, nbytes: int) -> memoryview:
         return memoryview(self.read(name, offset, nbytes))
 
+    @contextmanager
+    def at_hand(self, name: str) -> Iterator[Path | None]:
+        try:
+            opened = self._opened(name)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise storage_error("read", self.root / name, error) from error
+        # Who opens that has what was opened here, whatever its name is or isn't by then.
+        path = Path(f"/proc/self/fd/{opened.descriptor}")
+        yield path if path.exists() else None
+
     def read_many(self, name: str, offsets: list[int], buffers: list[memoryview]) -> list[bool]:
         try:
             opened = self._opened(name)
@@ -221,7 +246,7 @@ class LocalStore:
         with self._lock:
             known = self._open.get(name)
             if known is None:
-                known = self._open[name] = _Opened(f"{self.location}/{name}")
+                known = self._open[name] = _Opened(os.open(f"{self.location}/{name}", os.O_RDONLY | os.O_CLOEXEC))
                 if len(self._open) > _OPEN_FILES:
                     del self._open[next(iter(self._open))]  # the oldest: to note each use took a tenth of a read
             return known

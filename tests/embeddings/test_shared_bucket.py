@@ -83,6 +83,26 @@ def test_push_and_pull_bring_what_is_missing_and_no_more(s3: S3Server, url: str,
     assert EmbeddingCache(tmp_path / "third").pull(url).entries == 30
 
 
+def test_of_a_segment_that_is_not_what_was_written_nothing_arrives(s3: S3Server, url: str, tmp_path: Path):
+    """It is sent as it lies, and looked at before; of a longer one only what was looked at may be sent."""
+    here, made = EmbeddingCache(tmp_path / "here"), make(3)
+    publish(here, made)
+    (path,) = (tmp_path / "here" / "seg").iterdir()
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-2] + b"\1\1")
+    with pytest.raises(IntegrityError, match="is not the file that was written"):
+        EmbeddingCache(tmp_path / "here").push(url)
+    assert objects(s3, url) == []
+    path.write_bytes(whole + b"and more")
+    EmbeddingCache(tmp_path / "here").push(url)
+    (sent,) = objects(s3, url, "seg/")
+    assert s3.client().get_object(Bucket=BUCKET, Key=sent)["Body"].read() == whole
+    assert path.read_bytes() == whole + b"and more"
+    there = EmbeddingCache(tmp_path / "there")
+    there.pull(url)
+    assert serves(there, made) == 3
+
+
 def test_a_prefix_without_a_cache_is_refused(url: str, tmp_path: Path):
     with pytest.raises(
         StorageError, match=f"^{url}/none is no embedding cache; it has none of seg, index, runs, events$"

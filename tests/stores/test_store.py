@@ -142,6 +142,31 @@ def test_an_unfinished_file_is_nobodys_to_see(place: Callable[[], Store]):
     assert not unfinished.path.exists()
 
 
+def test_a_file_of_this_machine_is_sent_as_it_is_or_has_to_be_copied(here: Store, tmp_path: Path):
+    near = LocalStore(tmp_path / "near")
+    near.write("seg/a.zip", b"whole" * 1000)
+    unfinished = here.begin("seg/b.zip")
+    with near.at_hand("seg/a.zip") as path:
+        assert path is not None
+        near.remove("seg/a.zip")  # by another process: who has it open has it still
+        if isinstance(here, LocalStore):
+            assert not unfinished.take(path)
+            unfinished.path.write_bytes(path.read_bytes())
+        else:
+            assert unfinished.take(path)
+        unfinished.publish()
+        assert here.read("seg/b.zip") == b"whole" * 1000
+        unfinished.discard()
+        assert path.read_bytes() == b"whole" * 1000
+    with pytest.raises(FileNotFoundError), near.at_hand("seg/a.zip"):
+        pass
+
+
+def test_a_bucket_has_no_file_at_hand(s3: object, tmp_path: Path):
+    with in_a_bucket(tmp_path / "place").at_hand("seg/a.zip") as path:
+        assert path is None
+
+
 def test_what_is_discarded_leaves_nothing(place: Callable[[], Store], tmp_path: Path):
     here = place()
     begun, written = here.begin("seg/a.zip"), here.begin("seg/a.zip")
