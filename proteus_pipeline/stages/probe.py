@@ -15,8 +15,9 @@ from proteus_pipeline.embeddings.manifest import load_embeddings
 from proteus_pipeline.models.pooling import pool_residues
 from proteus_pipeline.sequences.fasta import Record, read_fasta
 from proteus_pipeline.sequences.labels import Label
-from proteus_pipeline.stages.probing import ProbeResult, ProbeSettings, probe, project
+from proteus_pipeline.stages.probing import ProbeResult, ProbeSettings, probe
 from proteus_pipeline.stages.project import LABELS, MANIFEST, MAP, METRICS, PREDICTIONS, SEQUENCES, Project
+from proteus_pipeline.stages.projection import project, variance_shares
 from proteus_pipeline.stores.files import write_atomic
 
 if TYPE_CHECKING:
@@ -50,14 +51,6 @@ def probe_manifest(here: Project, manifest: str) -> tuple[ProbeResult, list[Reco
     vectors = np.stack([one_vector(by_id[r.id]) for r in records])
     labels = stored_labels(here)
     return probe_records(records, vectors, labels, ProbeSettings(**composed["probe"])), records, vectors, labels
-
-
-def variance_shares(vectors: NDArray[np.floating[Any]], axes: NDArray[np.float64]) -> list[float]:
-    """Return which share of the (N, D) embeddings' variance lies along each of the map's axes, to 4 digits."""
-    data = np.asarray(vectors, np.float64)
-    whole = float(np.square(data - data.mean(axis=0)).sum())
-    along = np.square(axes - axes.mean(axis=0)).sum(axis=0)
-    return [round(float(one) / whole, 4) if whole else 0.0 for one in along]
 
 
 def one_vector(embedding: NDArray[np.float32]) -> NDArray[np.float32]:

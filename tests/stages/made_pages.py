@@ -12,7 +12,8 @@ from proteus_pipeline.stages.contacts import ContactMap
 from proteus_pipeline.stages.drift import drift, summarise
 from proteus_pipeline.stages.figures import Point
 from proteus_pipeline.stages.page import Page
-from proteus_pipeline.stages.probing import ProbeSettings, probe, project
+from proteus_pipeline.stages.probing import ProbeSettings, probe
+from proteus_pipeline.stages.projection import project
 
 HOSTILE = (
     """</script><script>alert("x")</script><img src=x onerror='alert(1)'>&amp;<!--{{ 7 * 7 }}<a href="http://x">"""

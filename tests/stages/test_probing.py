@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from proteus_pipeline.errors import ConfigError, ModelError, SequenceError
 from proteus_pipeline.sequences.fasta import read_fasta
 from proteus_pipeline.sequences.labels import labels_from_headers
-from proteus_pipeline.stages.probe import variance_shares
-from proteus_pipeline.stages.probing import ProbeResult, ProbeSettings, probe, project
+from proteus_pipeline.stages import probing
+from proteus_pipeline.stages.probing import ProbeResult, ProbeSettings, probe
 
 DEMO = Path(__file__).parents[2] / "data" / "demo100.fasta"
 SETTINGS = ProbeSettings()
@@ -94,6 +94,29 @@ def test_the_same_call_gives_the_same_result_and_the_seed_another_folding():
     assert probe(*data, {}, SETTINGS) == probe(*data, {}, SETTINGS)
     folds = [{one.id: one.fold for one in probe(*data, {}, ProbeSettings(seed=s)).predictions} for s in (0, 1)]
     assert folds[0] != folds[1]
+
+
+@pytest.mark.parametrize(("worth", "least"), [(None, 1), (0, 2)])
+def test_small_products_take_one_thread_and_the_others_are_given_back(monkeypatch, worth, least):
+    from sklearn.linear_model import LogisticRegression
+    from threadpoolctl import threadpool_info, threadpool_limits
+
+    def threads():
+        return {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"}
+
+    seen, fit = [], LogisticRegression.fit
+
+    def looked_at(self, *args):
+        seen.append(threads())
+        return fit(self, *args)
+
+    monkeypatch.setattr(LogisticRegression, "fit", looked_at)
+    if worth is not None:
+        monkeypatch.setattr(probing, "_WORTH_THREADS", worth)
+    with threadpool_limits(2, "blas"):
+        probe(*labelled(), {}, SETTINGS)
+        assert threads() == {2}
+    assert seen and all(one == {least} for one in seen)
 
 
 def test_unlabelled_records_change_nothing():
@@ -287,41 +310,3 @@ def test_an_embedding_that_is_not_finite_is_named():
 def test_a_bad_setting_is_named(key, value):
     with pytest.raises(ConfigError, match=rf"probe\.{key} is "):
         ProbeSettings(**{key: value})
-
-
-@pytest.mark.parametrize("shape", [(50, 8), (8, 50), (5, 5), (3, 2)])
-def test_the_map_is_the_principal_components(shape):
-    data = np.random.default_rng(0).normal(size=shape)
-    left, strengths, _ = np.linalg.svd(data - data.mean(axis=0), full_matrices=False)
-    assert np.abs(project(data)) == pytest.approx(np.abs(left * strengths)[:, :2], abs=1e-5)
-
-
-def test_the_map_follows_the_order_of_the_records():
-    data = np.random.default_rng(0).normal(size=(20, 64))
-    order = np.random.default_rng(1).permutation(20)
-    assert project(data[order]) == pytest.approx(project(data)[order], abs=2e-6)
-
-
-@pytest.mark.parametrize("data", [np.zeros((0, 4)), np.ones((2, 4)), np.ones((6, 4)), np.ones((4, 9))])
-def test_the_map_of_nothing_to_tell_apart_is_zeros(data):
-    assert np.array_equal(project(data), np.zeros((len(data), 2)))
-
-
-def test_the_map_of_one_dimension_has_an_empty_second_axis():
-    points = project(np.asarray([[1.0], [2.0], [6.0]]))
-    assert points[:, 1].tolist() == [0.0, 0.0, 0.0]
-    assert points[:, 0].tolist() == [-2.0, -1.0, 3.0]
-
-
-def test_the_map_refuses_what_is_not_finite():
-    with pytest.raises(ModelError, match="not finite"):
-        project(np.asarray([[1.0], [np.inf], [2.0]]))
-
-
-def test_the_shares_of_the_variance_are_those_of_pca():
-    from sklearn.decomposition import PCA
-
-    vectors = np.random.default_rng(3).normal(size=(40, 9)) * np.arange(1, 10)
-    ours = variance_shares(vectors, project(vectors))
-    assert ours == pytest.approx(PCA(2).fit(vectors).explained_variance_ratio_, abs=1e-4)
-    assert variance_shares(np.ones((5, 3)), project(np.ones((5, 3)))) == [0.0, 0.0]
