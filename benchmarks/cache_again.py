@@ -46,7 +46,7 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--pooling", nargs="+", default=["mean", "per_residue"])
     parser.set_defaults(count=2000)
-    args = parsed(parser, count=1000, pooling=["mean"])
+    args = parsed(parser, count=700, pooling=["mean"])
     torch.set_num_threads(args.threads)
     checkpoint = real_weights()
     trunk = checkpoint.trunk_digest

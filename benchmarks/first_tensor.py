@@ -75,7 +75,7 @@ def main() -> None:
     told = parser(__doc__)
     told.add_argument("--rounds", type=int, default=5)
     told.add_argument("--shape", default="650M", choices=SHAPES)
-    args = parsed(told, rounds=3, shape="150M")
+    args = parsed(told, rounds=3, shape="35M")
     with tempfile.TemporaryDirectory(prefix="first-tensor-") as folder:
         # In a process of its own: its memory would be counted as its children's otherwise.
         subprocess.run([sys.executable, __file__, folder, args.shape], check=True)

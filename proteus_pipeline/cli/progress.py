@@ -31,7 +31,7 @@ class EmbeddingProgress:
 
     def start(self, total: int, hits: int, tokens: int, peak: float) -> None:
         self._todo, self._all_tokens, self._peak = total - hits, tokens, peak
-        self._began = time.perf_counter()
+        self._began, self._due = time.perf_counter(), _FIRST_LINE_S
         if not self._todo or quiet():
             return
         if sys.stderr.isatty():

@@ -9,9 +9,9 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, BinaryIO
+from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -192,9 +192,12 @@ def copy_segment(
     try:
         with source.at_hand(name) as path:
             # A file to be sent need not be copied first: that took a tenth of an upload.
-            whole = path and path.stat().st_size == header.segment_bytes
-            with nullcontext() if path and whole and unfinished.take(path) else unfinished.path.open("xb") as file:
-                arrived = _read_whole(source, name, header.segment_bytes, file)
+            if path and path.stat().st_size == header.segment_bytes and unfinished.take(path):
+                with path.open("rb") as lying:
+                    arrived = _copied(lambda _, nbytes: lying.read(nbytes), header.segment_bytes, lambda _: None)
+            else:
+                with unfinished.path.open("xb") as file:
+                    arrived = _copied(partial(source.read, name), header.segment_bytes, file.write)
             if arrived != (header.segment_bytes, header.digest):
                 raise IntegrityError(f"{source.location}/{name} is not the file that was written", _remedy(source))
             unfinished.publish()
@@ -211,16 +214,15 @@ def copy_segment(
     target.write(f"{INDEXES}/{stem}.idx", encode_index([copied], keys, records))
 
 
-def _read_whole(source: Store, name: str, nbytes: int, file: BinaryIO | None) -> tuple[int, str]:
-    """Read so many bytes of a segment, written to a file if there is one; return how many there were, and their digest."""
+def _copied(read: Callable[[int, int], bytes], nbytes: int, write: Callable[[bytes], object]) -> tuple[int, str]:
+    """Read so many bytes of a segment, and write them; return how many there were, and their digest."""
     hashed, at = digests.Hasher(), 0
     while at < nbytes:
-        data = source.read(name, at, min(_CHUNK_BYTES, nbytes - at))
+        data = read(at, min(_CHUNK_BYTES, nbytes - at))
         if not data:
             break  # whatever its index says: a damaged one may say 2^60 bytes
         hashed.update(data)
-        if file:
-            file.write(data)
+        write(data)
         at += len(data)
     return at, hashed.hexdigest()
 

@@ -38,7 +38,11 @@ _FOLDERS = (SEGMENTS, INDEXES, RUNS, EVENTS)
 # Read ahead at a time, and twice this is in memory, or what it is decoded: neighbours among so many are read together, which
 # is what makes it fast.
 _AHEAD_BYTES = 256 << 20
+_BATCH_BYTES = 256 << 10
 _log = logging.getLogger(__name__)
+
+Coming = tuple[Future[list[R]], int]
+"""What will be read of some keys' entries, and the place there of one of them."""
 
 
 class DistantVisible(Visible):
@@ -54,7 +58,8 @@ class DistantVisible(Visible):
     def refresh(self) -> None:
         try:
             due = [f for f in (EVENTS, INDEXES) if not self._tier.unchanged(f, self._marks.get(f))]
-            # Not with the runs: what is merged away while the indexes are listed must be in a run that is listed then.
+            # Not with the runs: what is merged away while the indexes are listed must be in a run that is listed then. What was
+            # published and hid another entry in between may hide it before it is seen itself: that one is then computed.
             with self._tier.listing(due):
                 super().refresh()
         except StorageError as error:
@@ -155,13 +160,14 @@ def reading_ahead(
         What reads a key's entries; called in threads.
 
     """
-    flying: deque[tuple[deque[Future[R]], list[Range]]] = deque()
+    flying: deque[tuple[deque[Coming[R]], list[Range]]] = deque()
     try:
         with ThreadPoolExecutor(READING, "reader") as pool:
             try:
                 for part in _portions(found):
                     wanted = [_range(entries) for entries in part if entries[0].segment not in here]
-                    flying.append((_begin(pool, read, part, store.read_ahead(wanted)), wanted))
+                    flying.append((deque(), wanted))
+                    flying[-1][0].extend(_begin(pool, read, part, store.read_ahead(wanted)))
                     if len(flying) > 1:
                         yield from _results(flying[0][0])
                         flying.popleft()
@@ -169,9 +175,7 @@ def reading_ahead(
                     yield from _results(flying[0][0])
                     flying.popleft()
             finally:
-                for futures, _ in flying:
-                    for future in futures:
-                        future.cancel()
+                pool.shutdown(cancel_futures=True)
     finally:
         # Whoever stops asking: the entries that were not read.
         for _, wanted in flying:
@@ -183,12 +187,29 @@ def _begin(
     read: Callable[[Sequence[Entry]], R],
     part: Sequence[Sequence[Entry]],
     coming: Sequence[Range],
-) -> deque[Future[R]]:
+) -> list[Coming[R]]:
     """Have each key's entries read, what is here first, then what comes first; return the results to come by their order."""
     turns = {one: turn for turn, one in enumerate(coming)}
     order = sorted(range(len(part)), key=lambda i: turns.get(_range(part[i]), -1))
-    begun = {i: pool.submit(read, part[i]) for i in order}
-    return deque(begun[i] for i in range(len(part)))
+    begun: dict[int, Coming[R]] = {}
+    for batch in _batches(order, part):
+        future = pool.submit(lambda some: [read(entries) for entries in some], [part[i] for i in batch])
+        begun |= {i: (future, place) for place, i in enumerate(batch)}
+    return [begun[i] for i in range(len(part))]
+
+
+def _batches(order: Sequence[int], part: Sequence[Sequence[Entry]]) -> Iterator[list[int]]:
+    """Yield what is read in one go: a future takes 2 kB, which is more than many a pooled entry does."""
+    batch: list[int] = []
+    nbytes = 0
+    for i in order:
+        batch.append(i)
+        nbytes += part[i][0].nbytes
+        if nbytes >= _BATCH_BYTES:
+            yield batch
+            batch, nbytes = [], 0
+    if batch:
+        yield batch
 
 
 def _range(entries: Sequence[Entry]) -> Range:
@@ -196,9 +217,13 @@ def _range(entries: Sequence[Entry]) -> Range:
     return f"{SEGMENTS}/{entry.segment}", entry.offset, entry.nbytes
 
 
-def _results(futures: deque[Future[R]]) -> Iterator[R]:
-    while futures:
-        yield futures.popleft().result()
+def _results(coming: deque[Coming[R]]) -> Iterator[R]:
+    while coming:
+        yield _result(*coming.popleft())
+
+
+def _result(future: Future[list[R]], place: int) -> R:
+    return future.result()[place]  # and let go of it: it is an embedding, or some of them
 
 
 def _portions(found: Sequence[Sequence[Entry]]) -> Iterator[list[Sequence[Entry]]]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 Range = tuple[str, int, int]
 """A file, an offset, and a number of bytes."""
 PART_BYTES = 8 << 20
-"""A request's most bytes: a link of 1 MB/s carries it within the time that a request has. Files are sent in such parts, too."""
+"""A request's most bytes: a link of 1 MB/s carries it within the time that a request has. Larger files are sent in such parts, too."""
 # What lies closer is read together: a request takes as long as 200 kB do at 10 MB/s and 20 ms.
 _GAP_BYTES = 192 << 10
 
@@ -54,6 +54,18 @@ def _pieces(wanted: Sequence[Range], largest: int) -> Iterator[tuple[str, int, i
             yield name, edge, end, i
         else:
             yield name, start, end, i
+
+
+def parts_of(start: int, end: int) -> Iterator[tuple[int, int]]:
+    """Yield what a range has in each part of a file: where that begins, and how many bytes it is.
+
+    >>> list(parts_of((8 << 20) - 1, (16 << 20) + 5))
+    [(8388607, 1), (8388608, 8388608), (16777216, 5)]
+    """
+    while start < end:
+        until = min(end, (start // PART_BYTES + 1) * PART_BYTES)
+        yield start, until - start
+        start = until
 
 
 def cut(span: memoryview, first: int, start: int, nbytes: int) -> memoryview:

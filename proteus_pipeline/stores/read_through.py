@@ -11,7 +11,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -123,15 +123,19 @@ class ReadThrough:
     @contextmanager
     def listing(self, folders: Sequence[str]) -> Iterator[None]:
         """List some folders at the same time, of which `names` will be asked within, each once, in this thread."""
-        listed = self.ask(lambda: self.far.together([partial(self.far.sizes, folder) for folder in folders]))
-        self._before.listed = dict(zip(folders, listed, strict=True))
+        if folders:
+            self._before.began = time.monotonic()
+            # Not by the threads that read ahead, which may have a minute's work before them.
+            with ThreadPoolExecutor(len(folders), "listing") as pool:
+                listed = self.ask(lambda: list(pool.map(self.far.sizes, folders)))
+            self._before.listed = dict(zip(folders, listed, strict=True))
         try:
             yield
         finally:
-            self._before.listed = {}
+            self._before.listed, self._before.began = {}, None
 
     def mark(self, folder: str) -> object:  # noqa: ARG002 - a Store's
-        return time.monotonic()
+        return getattr(self._before, "began", None) or time.monotonic()
 
     def unchanged(self, folder: str, since: object) -> bool:  # noqa: ARG002 - a Store's
         """Say whether a folder was listed a moment ago, and its place has answered since."""
@@ -149,8 +153,14 @@ class ReadThrough:
         with self._lock:
             coming = self._ahead.pop((name, offset, nbytes), None)
         if coming is not None:
-            with suppress(CancelledError):  # by another one who had asked for a part of the same bytes
+            try:
                 return joined([cut(self.ask(future.result), first, offset, nbytes) for future, first in coming])
+            except CancelledError:
+                pass  # by another one who had asked for a part of the same bytes
+            except StorageError:
+                for future, _ in coming:
+                    future.cancel()  # of a place that does not answer nothing more is asked
+                raise
         return self.ask(partial(self.far.view, name, offset, nbytes))
 
     def read_many(self, name: str, offsets: list[int], buffers: list[memoryview]) -> list[bool]:

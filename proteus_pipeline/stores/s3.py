@@ -18,7 +18,7 @@ from proteus_pipeline.errors import StorageError
 from proteus_pipeline.stores import s3_access, s3_uploads
 from proteus_pipeline.stores.counts import count
 from proteus_pipeline.stores.files import TEMPORARY_PREFIX, storage_error
-from proteus_pipeline.stores.ranges import PART_BYTES, Range, cut, joined, spans_of
+from proteus_pipeline.stores.ranges import PART_BYTES, Range, cut, joined, parts_of, spans_of
 from proteus_pipeline.stores.s3_access import PATIENT, Bucket, Patience, parse_url
 from proteus_pipeline.stores.store import Unfinished
 
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
 _READ_AT_ONCE = 32
+# Of a file on its way into a folder, so much is in memory.
+_FETCHED_AT_ONCE = 16 * PART_BYTES
 # No object is larger; a damaged index may ask for more.
 _LARGEST = 5 << 40
 
@@ -186,9 +188,7 @@ class S3Store:
     def _rest(self, name: str, offset: int, nbytes: int | None = None) -> bytes:
         left = max(0, self.size(name) - offset)
         left = left if nbytes is None else min(left, nbytes)
-        starts = range(offset, offset + left, PART_BYTES)
-        parts = self.together([partial(self._part, name, s, min(PART_BYTES, offset + left - s)) for s in starts])
-        return b"".join(parts)
+        return b"".join(self.together([partial(self._part, name, *part) for part in parts_of(offset, offset + left)]))
 
     def together(self, requests: Sequence[Callable[[], T]]) -> list[T]:
         """Return what some requests give, many of them under way at a time."""
@@ -243,18 +243,20 @@ class S3Store:
         The ranges are in the order in which they are asked for, and so roughly in that in which they come.
         """
         coming: dict[Range, list[tuple[Future[memoryview], int]]] = {}
+        wanted = list(dict.fromkeys(wanted))  # a damaged index may have two entries in one place
         # Those first that are needed first, and not those that lie first.
         for name, start, end, members in sorted(spans_of(wanted, _LARGEST), key=lambda span: min(span[3])):
             future = self._threads().submit(self._span, name, start, end)
-            for one in {wanted[i] for i in members}:
+            for i in members:
+                one = wanted[i]
                 coming[one] = sorted([*coming.pop(one, ()), (future, start)], key=lambda piece: piece[1])
         return coming
 
     def _span(self, name: str, start: int, end: int) -> memoryview:
         parts: list[memoryview] = []
-        for at in range(start, end, PART_BYTES):
-            parts.append(self._part(name, at, min(PART_BYTES, end - at)))
-            if len(parts[-1]) < PART_BYTES:
+        for at, nbytes in parts_of(start, end):
+            parts.append(self._part(name, at, nbytes))
+            if len(parts[-1]) < nbytes:
                 break  # the file ends here, though a damaged index may ask for terabytes
         return joined(parts)
 
@@ -270,10 +272,8 @@ class S3Store:
         total = self.size(name) if size is None else size
         try:
             with path.open("xb") as file:
-                step = PART_BYTES * _READ_AT_ONCE
-                for start in range(0, total, step):
-                    data = self.read(name, start, min(step, total - start))
-                    file.write(data)
+                for start in range(0, total, _FETCHED_AT_ONCE):
+                    file.write(self.view(name, start, min(_FETCHED_AT_ONCE, total - start)))
         except OSError as error:
             if isinstance(error, (StorageError, FileNotFoundError)):
                 raise

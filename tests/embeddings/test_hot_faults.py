@@ -134,8 +134,8 @@ def poison(server: RedisServer, chance: random.Random) -> None:
         if number % 7:
             here.set(key, value)
         else:
-            here.delete(key)
-            here.lpush(key, b"not a string")
+            # Both at once: in between, a worker may put a vector there.
+            here.pipeline(transaction=True).delete(key).lpush(key, b"not a string").execute()
 
 
 def restart(server: RedisServer, load: Load, chance: random.Random) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +23,7 @@ from proteus_pipeline.embeddings.cache import EmbeddingCache
 from proteus_pipeline.embeddings.index import key_strings
 from proteus_pipeline.embeddings.visible import Visible
 from proteus_pipeline.errors import ConfigError, IntegrityError, StorageError
-from proteus_pipeline.stores import read_through
+from proteus_pipeline.stores import read_through, s3_uploads
 from proteus_pipeline.stores.s3 import S3Store
 from proteus_pipeline.stores.s3_access import Patience
 
@@ -101,6 +103,38 @@ def test_of_a_segment_that_is_not_what_was_written_nothing_arrives(s3: S3Server,
     there = EmbeddingCache(tmp_path / "there")
     there.pull(url)
     assert serves(there, made) == 3
+
+
+def test_a_push_sends_segments_from_where_they_lie(
+    s3: S3Server, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    here = EmbeddingCache(tmp_path / "here")
+    publish(here, make(5, pooling="per_residue"))
+    (path,) = (tmp_path / "here" / "seg").iterdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "no such folder"))
+    monkeypatch.setattr(s3_uploads, "_ONE_REQUEST", 0)  # as a large file is sent
+    here.push(url)
+    (sent,) = objects(s3, url, "seg/")
+    assert s3.client().get_object(Bucket=BUCKET, Key=sent)["Body"].read() == path.read_bytes()
+
+
+def test_who_stops_asking_leaves_nothing_under_way(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    here, made = EmbeddingCache(tmp_path / "here"), kinds()
+    for one in made:
+        publish(here, one)
+    here.push(url)
+    reader = EmbeddingCache(tmp_path / "reader", shared=url)
+    monkeypatch.setattr(shared_module, "_AHEAD_BYTES", 10_000)
+    keys = [key for one in made for key in one.arrays]
+    random.Random(0).shuffle(keys)
+    assert [entry.key for entry, _ in reader.find(keys)] == keys
+    assert reader._beneath._ahead == {}
+    found = reader.find(keys)
+    assert next(found)[0].key == keys[0]
+    del found
+    gc.collect()
+    assert reader._beneath._ahead == {}
+    assert not [t.name for t in threading.enumerate() if t.name.startswith("reader")]
 
 
 def test_a_prefix_without_a_cache_is_refused(url: str, tmp_path: Path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -19,6 +20,7 @@ from proxy import proxy
 from s3 import ACCESS_KEY, BUCKET, SECRET_KEY, S3Server
 
 from proteus_pipeline.errors import ConfigError, StorageError
+from proteus_pipeline.stores import s3 as s3_module
 from proteus_pipeline.stores.places import check_location, open_place, scheme_of
 from proteus_pipeline.stores.ranges import PART_BYTES, spans_of
 from proteus_pipeline.stores.read_through import ReadThrough
@@ -266,6 +268,45 @@ def test_ranges_that_lie_in_two_parts_are_whole(url: str, tmp_path: Path):
     assert sorted(tier.read_ahead(wanted)) == sorted(wanted)
     assert [bytes(tier.view(*one)) for one in wanted] == expected
     assert [tier.read(*one) for one in wanted] == expected  # asked for again: they were let go
+    assert sorted({*tier.read_ahead([*wanted, *wanted])}) == sorted(wanted)  # two entries in one place
+    assert [bytes(tier.view(*one)) for one in wanted] == expected
+    assert [bytes(store.view(*one)) for one in wanted] == expected
+
+
+def test_a_listing_does_not_wait_for_what_is_read_ahead(url: str, tmp_path: Path):
+    store = S3Store(url)
+    store.write("seg/a", b"0123456789")
+    tier, waits = ReadThrough(store, tmp_path, 1 << 20), threading.Event()
+    try:
+        for _ in range(2 * s3_module._READ_AT_ONCE):
+            store._threads().submit(waits.wait, 60)
+        before = time.monotonic()
+        with tier.listing(["seg", "index"]):
+            assert tier.names("seg") == {"a"} and tier.names("index") == set()
+            assert before <= tier.mark("seg") <= time.monotonic()
+            assert tier.mark("seg") == tier.mark("index")
+        assert time.monotonic() - before < 30
+    finally:
+        waits.set()
+
+
+def test_of_a_place_that_fails_nothing_more_is_asked(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    store, asked = S3Store(url), []
+
+    def fails(self: S3Store, name: str, start: int, end: int) -> memoryview:
+        asked.append(start)
+        time.sleep(0.05)
+        raise StorageError("it does not answer", "wait")
+
+    monkeypatch.setattr(S3Store, "_span", fails)
+    tier = ReadThrough(store, tmp_path, 1 << 20)
+    wanted = [("seg/a", n * PART_BYTES, 10) for n in range(20 * s3_module._READ_AT_ONCE)]
+    tier.read_ahead(wanted)
+    for one in wanted:
+        with pytest.raises(StorageError, match="it does not answer"):
+            tier.view(*one)
+    assert len(asked) < len(wanted) / 2
+    assert tier._ahead == {}
 
 
 def test_bytes_that_another_reader_let_go_are_read_again(url: str, tmp_path: Path):
@@ -273,7 +314,7 @@ def test_bytes_that_another_reader_let_go_are_read_again(url: str, tmp_path: Pat
     store.write("seg/a", b"0123456789")
     tier = ReadThrough(store, tmp_path, 1 << 20)
     waits = threading.Event()
-    for _ in range(32):  # all who read are busy: what is asked for is still to be begun
+    for _ in range(s3_module._READ_AT_ONCE):  # all who read are busy: what is asked for is still to be begun
         store._threads().submit(waits.wait)
     tier.read_ahead([("seg/a", 0, 5), ("seg/a", 5, 5)])
     tier.forget_ahead([("seg/a", 0, 5)])
