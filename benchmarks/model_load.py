@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("--shape", default="650M", choices=SHAPES)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--residues", type=int, default=len(PROTEIN))
-    args = parsed(parser, rounds=2, shape="150M")
+    args = parsed(parser, rounds=2, shape="35M")
     with tempfile.TemporaryDirectory(prefix="model-load-") as name:
         folder = Path(name)
         # In a process of its own: its memory would be counted as its children's otherwise.
