@@ -136,7 +136,7 @@ class _Run:
         self._cluster, self._task, self._work = cluster, task, work
         self._patience = patience
         self._todo = deque(shards)
-        self._flying: dict[Future, _Shard] = {}
+        self._flying: dict[Future, tuple[_Shard, str]] = {}  # and the worker that it was given to
         self._name = secrets.token_hex(6)
         self._mended = self._had_workers = time.monotonic()
         self.failed: list[_Shard] = []
@@ -146,15 +146,16 @@ class _Run:
     def all(self) -> None:
         """Have every shard computed, or given up."""
         while self._todo or self._flying:
-            self._give_out(self._count_workers())
+            self._give_out(self._workers())
             self._wait()
             for future in [f for f in self._flying if f.status != "pending"]:
-                self._take(future, self._flying.pop(future))
+                self._take(future, self._flying.pop(future)[0])
 
-    def _count_workers(self) -> int:
+    def _workers(self) -> list[str]:
+        """Return the addresses of the workers that there are."""
         client = self._cluster.client
         try:
-            workers = len(client.sync(client.scheduler.ncores, callback_timeout=_SILENT_S))
+            workers = list(client.sync(client.scheduler.ncores, callback_timeout=_SILENT_S))
         except (OSError, TimeoutError, CancelledError, RuntimeError) as error:
             raise self._gone() from error
         now = time.monotonic()
@@ -170,12 +171,18 @@ class _Run:
             self._cluster.mend()
         return workers
 
-    def _give_out(self, workers: int) -> None:
-        while self._todo and len(self._flying) < workers:
-            shard = self._todo.popleft()
-            key = f"proteus-{self._name}-{shard.number}-{shard.attempts}"
-            future = self._cluster.client.submit(compute_shard, self._task, shard.sequences, key=key, pure=False)
-            self._flying[future] = shard
+    def _give_out(self, workers: list[str]) -> None:
+        """Give a shard to each worker that has none, by name: left to choose, Dask at times gives one worker two."""
+        busy = {worker for _, worker in self._flying.values()}
+        for worker in workers:
+            if self._todo and worker not in busy and len(self._flying) < len(workers):
+                shard = self._todo.popleft()
+                key = f"proteus-{self._name}-{shard.number}-{shard.attempts}"
+                future = self._cluster.client.submit(
+                    compute_shard, self._task, shard.sequences,
+                    key=key, pure=False, workers=[worker], allow_other_workers=True,
+                )  # fmt: skip
+                self._flying[future] = shard, worker
 
     def _wait(self) -> None:
         from distributed import wait
