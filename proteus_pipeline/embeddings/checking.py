@@ -19,10 +19,11 @@ from proteus_pipeline.embeddings.events import event_files, make_event, read_eve
 from proteus_pipeline.embeddings.found import Entry
 from proteus_pipeline.embeddings.housekeeping import rewrite, visible_entries
 from proteus_pipeline.embeddings.index import INDEXES, RUNS, Attestation, Index, SegmentHeader, encode_index, key_array
-from proteus_pipeline.embeddings.publication import SEGMENTS, digest_of, to_records
+from proteus_pipeline.embeddings.publication import SEGMENTS, to_records
 from proteus_pipeline.embeddings.reading import ahead
 from proteus_pipeline.embeddings.stored import content_hash, to_fp32
 from proteus_pipeline.errors import FormatError, IntegrityError, StorageError
+from proteus_pipeline.identity import digests
 from proteus_pipeline.models.device import device_class
 
 if TYPE_CHECKING:
@@ -178,7 +179,7 @@ def _index_again(path: Path) -> tuple[bytes, SegmentHeader]:
         header = SegmentHeader(
             path.name, path.stat().st_size, said.layout, about["stored"], said.width, about["trunk"], about["recipe"],
             Attestation(**about["attestation"]), len(said.keys),
-            tuple(said.chunk_starts) if said.layout == "per_residue" else (), digest_of(path)[1],
+            tuple(said.chunk_starts) if said.layout == "per_residue" else (), digests.of_file(path),
         )  # fmt: skip
     except (KeyError, TypeError) as error:
         raise IntegrityError(f"{path} does not say what it holds", "its entries are computed again") from error
@@ -210,7 +211,7 @@ def _segment(
             rewrite(cache, [header])  # a file of which a part is damaged can't be copied
         done = "quarantined: reads as a miss, and is computed again" if repair else ""
         findings = [Finding("entry", e.key, f"damaged in {header.segment}", done) for e in damaged]
-    elif size != header.segment_bytes or digest_of(Path(cache.store.location, name))[1] != header.digest:
+    elif size != header.segment_bytes or digests.of_file(Path(cache.store.location, name)) != header.digest:
         # Its entries are sound: some other byte of the zip is not, that another zarr reader may need.
         if repair:
             rewrite(cache, [header])

@@ -10,7 +10,6 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,6 +24,8 @@ from proteus_pipeline.stores.files import storage_error
 from proteus_pipeline.stores.places import scheme_of
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from numpy.typing import NDArray
 
     from proteus_pipeline.stores.store import Store
@@ -193,12 +194,10 @@ def copy_segment(
         with source.at_hand(name) as path:
             # A file to be sent need not be copied first: that took a tenth of an upload.
             if path and path.stat().st_size == header.segment_bytes and unfinished.take(path):
-                with path.open("rb") as lying:
-                    arrived = _copied(lambda _, nbytes: lying.read(nbytes), header.segment_bytes, lambda _: None)
+                digest = digests.of_file(path)
             else:
-                with unfinished.path.open("xb") as file:
-                    arrived = _copied(partial(source.read, name), header.segment_bytes, file.write)
-            if arrived != (header.segment_bytes, header.digest):
+                digest = _copied(source, name, header.segment_bytes, unfinished.path)
+            if digest != header.digest:
                 raise IntegrityError(f"{source.location}/{name} is not the file that was written", _remedy(source))
             unfinished.publish()
     except StorageError:
@@ -214,17 +213,18 @@ def copy_segment(
     target.write(f"{INDEXES}/{stem}.idx", encode_index([copied], keys, records))
 
 
-def _copied(read: Callable[[int, int], bytes], nbytes: int, write: Callable[[bytes], object]) -> tuple[int, str]:
-    """Read so many bytes of a segment, and write them; return how many there were, and their digest."""
-    hashed, at = digests.Hasher(), 0
-    while at < nbytes:
-        data = read(at, min(_CHUNK_BYTES, nbytes - at))
-        if not data:
-            break  # whatever its index says: a damaged one may say 2^60 bytes
-        hashed.update(data)
-        write(data)
-        at += len(data)
-    return at, hashed.hexdigest()
+def _copied(source: Store, name: str, nbytes: int, path: Path) -> str:
+    """Copy so many bytes of a file, and return their digest: none that it could have where there are fewer."""
+    hashed = digests.Hasher()
+    with path.open("xb") as file:
+        for offset in range(0, nbytes, _CHUNK_BYTES):
+            wanted = min(_CHUNK_BYTES, nbytes - offset)
+            data = source.read(name, offset, wanted)
+            if len(data) < wanted:
+                return ""  # whatever its index says: a damaged one may say 2^60 bytes
+            hashed.update(data)
+            file.write(data)
+    return hashed.hexdigest()
 
 
 def _remedy(source: Store) -> str:

@@ -17,7 +17,6 @@ from proteus_pipeline.embeddings.index import INDEXES, RECORD, Attestation, Segm
 from proteus_pipeline.embeddings.segment import Placed, SegmentWriter
 from proteus_pipeline.embeddings.stored import NUMPY_DTYPES, content_hash
 from proteus_pipeline.errors import StorageError
-from proteus_pipeline.identity import digests
 from proteus_pipeline.stores.files import storage_error
 
 if TYPE_CHECKING:
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
     from proteus_pipeline.stores.store import Store
 
 SEGMENTS = "seg"
-_PART_BYTES = 1 << 20
 
 
 class Publication:
@@ -207,16 +205,6 @@ def check_entries(
         raise ValueError("a segment holds each key once")
     for key, array, length in zip(keys, arrays, lengths, strict=True):
         check_entry(recipe, key, array, length, arrays[0].shape[-1])
-
-
-def digest_of(path: Path) -> tuple[int, str]:
-    """Return a file's size and digest; a part at a time: mapped, all of it would count as this process's memory."""
-    hashed, nbytes = digests.Hasher(), 0
-    with path.open("rb") as file:
-        while data := file.read(_PART_BYTES):
-            hashed.update(data)
-            nbytes += len(data)
-    return nbytes, hashed.hexdigest()
 
 
 def to_records(placed: Sequence[Placed], lengths: Sequence[int], contents: Sequence[str]) -> NDArray[np.void]:

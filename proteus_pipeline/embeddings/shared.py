@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -38,6 +38,7 @@ _FOLDERS = (SEGMENTS, INDEXES, RUNS, EVENTS)
 # Read ahead at a time, and twice this is in memory, or what it is decoded: neighbours among so many are read together, which
 # is what makes it fast.
 _AHEAD_BYTES = 256 << 20
+# Read in one go: a future takes 2 kB, which is more than many a pooled entry does.
 _BATCH_BYTES = 256 << 10
 _log = logging.getLogger(__name__)
 
@@ -161,23 +162,21 @@ def reading_ahead(
 
     """
     flying: deque[tuple[deque[Coming[R]], list[Range]]] = deque()
+    pool = ThreadPoolExecutor(READING, "reader")
     try:
-        with ThreadPoolExecutor(READING, "reader") as pool:
-            try:
-                for part in _portions(found):
-                    wanted = [_range(entries) for entries in part if entries[0].segment not in here]
-                    flying.append((deque(), wanted))
-                    flying[-1][0].extend(_begin(pool, read, part, store.read_ahead(wanted)))
-                    if len(flying) > 1:
-                        yield from _results(flying[0][0])
-                        flying.popleft()
-                while flying:
-                    yield from _results(flying[0][0])
-                    flying.popleft()
-            finally:
-                pool.shutdown(cancel_futures=True)
+        for part in _in_groups(found, _AHEAD_BYTES):
+            wanted = [_range(entries) for entries in part if entries[0].segment not in here]
+            flying.append((deque(), wanted))
+            flying[-1][0].extend(_begin(pool, read, part, store.read_ahead(wanted)))
+            if len(flying) > 1:
+                yield from _results(flying[0][0])
+                flying.popleft()
+        while flying:
+            yield from _results(flying[0][0])
+            flying.popleft()
     finally:
         # Whoever stops asking: the entries that were not read.
+        pool.shutdown(cancel_futures=True)
         for _, wanted in flying:
             store.forget_ahead(wanted)
 
@@ -190,26 +189,12 @@ def _begin(
 ) -> list[Coming[R]]:
     """Have each key's entries read, what is here first, then what comes first; return the results to come by their order."""
     turns = {one: turn for turn, one in enumerate(coming)}
-    order = sorted(range(len(part)), key=lambda i: turns.get(_range(part[i]), -1))
-    begun: dict[int, Coming[R]] = {}
-    for batch in _batches(order, part):
-        future = pool.submit(lambda some: [read(entries) for entries in some], [part[i] for i in batch])
-        begun |= {i: (future, place) for place, i in enumerate(batch)}
-    return [begun[i] for i in range(len(part))]
-
-
-def _batches(order: Sequence[int], part: Sequence[Sequence[Entry]]) -> Iterator[list[int]]:
-    """Yield what is read in one go: a future takes 2 kB, which is more than many a pooled entry does."""
-    batch: list[int] = []
-    nbytes = 0
-    for i in order:
-        batch.append(i)
-        nbytes += part[i][0].nbytes
-        if nbytes >= _BATCH_BYTES:
-            yield batch
-            batch, nbytes = [], 0
-    if batch:
-        yield batch
+    order = sorted(part, key=lambda entries: turns.get(_range(entries), -1))
+    begun: dict[str, Coming[R]] = {}
+    for batch in _in_groups(order, _BATCH_BYTES):
+        future = pool.submit(lambda some: [read(entries) for entries in some], batch)
+        begun |= {entries[0].key: (future, place) for place, entries in enumerate(batch)}
+    return [begun[entries[0].key] for entries in part]
 
 
 def _range(entries: Sequence[Entry]) -> Range:
@@ -226,17 +211,18 @@ def _result(future: Future[list[R]], place: int) -> R:
     return future.result()[place]  # and let go of it: it is an embedding, or some of them
 
 
-def _portions(found: Sequence[Sequence[Entry]]) -> Iterator[list[Sequence[Entry]]]:
-    part: list[Sequence[Entry]] = []
+def _in_groups(found: Iterable[Sequence[Entry]], most: int) -> Iterator[list[Sequence[Entry]]]:
+    """Yield the entries of some keys in groups of about so many bytes."""
+    group: list[Sequence[Entry]] = []
     nbytes = 0
     for entries in found:
-        part.append(entries)
+        group.append(entries)
         nbytes += entries[0].nbytes
-        if nbytes >= _AHEAD_BYTES:
-            yield part
-            part, nbytes = [], 0
-    if part:
-        yield part
+        if nbytes >= most:
+            yield group
+            group, nbytes = [], 0
+    if group:
+        yield group
 
 
 class WriteBack:

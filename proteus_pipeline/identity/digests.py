@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import lru_cache
+from pathlib import Path
 
 import xxhash
 
@@ -21,6 +22,7 @@ Buffer = bytes | bytearray | memoryview
 
 SCHEMA = 1
 
+_PART_BYTES = 1 << 20
 Hasher = xxhash.xxh3_128
 """`of_bytes` of what does not fit into memory: ``update``, then ``hexdigest``."""
 
@@ -28,6 +30,15 @@ Hasher = xxhash.xxh3_128
 def of_bytes(data: Buffer) -> str:
     """Return the plain xxh3_128 of some bytes, with no kind: for checksums of files and tensors' bytes."""
     return xxhash.xxh3_128_hexdigest(data)
+
+
+def of_file(path: Path) -> str:
+    """Return `of_bytes` of a file; a part at a time: mapped, all of it would count as this process's memory."""
+    hashed = Hasher()
+    with path.open("rb") as file:
+        while data := file.read(_PART_BYTES):
+            hashed.update(data)
+    return hashed.hexdigest()
 
 
 def of_record(kind: str, value: object) -> str:

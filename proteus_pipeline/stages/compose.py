@@ -377,15 +377,9 @@ def _input_digests(project: Project, data: DataSettings) -> dict[str, str | None
 
 
 def _file_digest(path: Path, key: str) -> str:
-    import xxhash
-
-    state = xxhash.xxh3_128()
     try:
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                state.update(block)
+        return digests.of_record("file", digests.of_file(path))
     except FileNotFoundError as error:
         raise StorageError(f"{key}: {path} does not exist", f"set {key}=PATH, from the project's root") from error
     except OSError as error:
         raise storage_error("read", path, error) from error
-    return digests.of_record("file", state.hexdigest())

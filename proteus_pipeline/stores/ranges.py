@@ -48,12 +48,8 @@ def _pieces(wanted: Sequence[Range], largest: int) -> Iterator[tuple[str, int, i
         if not nbytes or start >= largest:
             continue
         end = start + min(nbytes, largest)
-        edge = (end - 1) // PART_BYTES * PART_BYTES
-        if start < edge and nbytes <= PART_BYTES:
-            yield name, start, edge, i
-            yield name, edge, end, i
-        else:
-            yield name, start, end, i
+        for at, some in parts_of(start, end) if nbytes <= PART_BYTES else [(start, end - start)]:
+            yield name, at, at + some, i
 
 
 def parts_of(start: int, end: int) -> Iterator[tuple[int, int]]:

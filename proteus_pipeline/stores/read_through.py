@@ -123,13 +123,13 @@ class ReadThrough:
     @contextmanager
     def listing(self, folders: Sequence[str]) -> Iterator[None]:
         """List some folders at the same time, of which `names` will be asked within, each once, in this thread."""
-        if folders:
-            self._before.began = time.monotonic()
-            # Not by the threads that read ahead, which may have a minute's work before them.
-            with ThreadPoolExecutor(len(folders), "listing") as pool:
-                listed = self.ask(lambda: list(pool.map(self.far.sizes, folders)))
-            self._before.listed = dict(zip(folders, listed, strict=True))
         try:
+            if folders:
+                self._before.began = time.monotonic()
+                # Not by the threads that read ahead, which may have a minute's work before them.
+                with ThreadPoolExecutor(len(folders), "listing") as pool:
+                    listed = self.ask(lambda: list(pool.map(self.far.sizes, folders)))
+                self._before.listed = dict(zip(folders, listed, strict=True))
             yield
         finally:
             self._before.listed, self._before.began = {}, None
@@ -243,11 +243,7 @@ class ReadThrough:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             self.far.fetch(name, temporary, size)
-            hashed = digests.Hasher()
-            with temporary.open("rb") as copied:
-                while data := copied.read(1 << 20):
-                    hashed.update(data)
-            kept = self._folder / f"{self._stem(name)}-{hashed.hexdigest()}"
+            kept = self._folder / f"{self._stem(name)}-{digests.of_file(temporary)}"
             with self._lock:
                 self._make_room(size)
                 temporary.replace(kept)

@@ -85,3 +85,10 @@ def test_every_part_of_a_component_counts():
 
 def test_case_and_ends_of_a_sequence_count():
     assert len({digests.of_sequence(s) for s in ("MKV", "mkv", "MKV ", "MKV\n", "MVK", "")}) == 6
+
+
+@pytest.mark.parametrize("nbytes", [0, 1, 1 << 20, (2 << 20) + 3])
+def test_a_file_has_its_bytes_digest(nbytes, tmp_path):
+    data = bytes(range(251)) * (nbytes // 251 + 1)
+    (tmp_path / "file").write_bytes(data[:nbytes])
+    assert digests.of_file(tmp_path / "file") == digests.of_bytes(data[:nbytes])
