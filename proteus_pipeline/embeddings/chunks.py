@@ -14,6 +14,7 @@ import numpy as np
 
 from proteus_pipeline.embeddings.stored import NUMPY_DTYPES
 from proteus_pipeline.errors import IntegrityError
+from proteus_pipeline.stores.memory import Buffers
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -34,6 +35,10 @@ _LEAST_BLOCK, _LARGEST_BLOCK = 4096, 256 << 20
 _NUMBERS = 65536
 # Whether a byte of the numbers is worth compressing is tried on so many of them: low ones are noise.
 _TRIED, _WORTHWHILE = 32768, 0.98
+# Arrays are decoded into pieces of 4 MB: one that is kept keeps its neighbours'. As much as is read ahead is used again.
+_LENT = Buffers(4 << 20, 64)
+_room_left = threading.local()
+_ALIGNED = 64
 
 
 def encode_entry(array: NDArray[np.generic], stored: str) -> bytes:
@@ -104,7 +109,8 @@ def decode_entry(data: Buffer, stored: str, shape: tuple[int, ...], origin: str)
         # Its own header first: blosc believes it.
         nbytes, cbytes = _BLOSC_HEADER.unpack_from(body) if len(body) >= _BLOSC_HEADER.size else (0, 0)
         if (nbytes, cbytes) == (wanted, len(body)):
-            return np.frombuffer(_decompressed(body), dtype=NUMPY_DTYPES[stored]).reshape(shape)
+            array: NDArray[np.generic] = _decompressed(body, wanted).view(NUMPY_DTYPES[stored])
+            return array.reshape(shape)
     except (
         RuntimeError,
         ValueError,
@@ -114,18 +120,34 @@ def decode_entry(data: Buffer, stored: str, shape: tuple[int, ...], origin: str)
     raise IntegrityError(f"a chunk of {origin} is not what its index says: {shape} in {stored}", "run it again")
 
 
-def _decompressed(body: memoryview) -> Any:
+def _decompressed(body: memoryview, nbytes: int) -> NDArray[np.uint8]:
     """Return what is in a blosc chunk; from the main thread by several at once, which is numcodecs' own way."""
     from numcodecs import blosc
 
+    out = _room(nbytes)
     if threading.current_thread() is not threading.main_thread():
-        return blosc.decompress(body)  # by this thread alone
-    # zarr turns that way off for the whole process, since it reads from threads of its own: those use none either way.
-    before, blosc.use_threads = blosc.use_threads, None
-    try:
-        return blosc.decompress(body)
-    finally:
-        blosc.use_threads = before
+        blosc.decompress(body, out)  # by this thread alone
+    else:
+        # zarr turns that way off for the whole process, since it reads from threads of its own: those use none either way.
+        before, blosc.use_threads = blosc.use_threads, None
+        try:
+            blosc.decompress(body, out)
+        finally:
+            blosc.use_threads = before
+    out.flags.writeable = False
+    return out
+
+
+def _room(nbytes: int) -> NDArray[np.uint8]:
+    """Return memory for an array: of what is lent at a time, this thread's next piece."""
+    if nbytes > _LENT.nbytes:
+        return np.empty(nbytes, np.uint8)
+    lent, used = getattr(_room_left, "now", (None, 0))
+    if lent is None or used + nbytes > len(lent):
+        lent, used = _LENT.lend(), 0
+    _room_left.now = lent, used + nbytes + -nbytes % _ALIGNED
+    room: NDArray[np.uint8] = lent[used : used + nbytes]
+    return room
 
 
 def decode_rows(data: bytes, stored: str, width: int, origin: str) -> NDArray[np.generic]:

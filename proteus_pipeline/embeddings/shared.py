@@ -6,6 +6,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -71,6 +72,21 @@ class DistantVisible(Visible):
             self._told = True
         else:
             self._told = False
+
+    @property
+    def due(self) -> bool:
+        """Whether `refresh` would ask the place."""
+        return not all(self._tier.unchanged(folder, self._marks.get(folder)) for folder in (EVENTS, INDEXES, RUNS))
+
+    @contextmanager
+    def expecting(self, entries: Sequence[Entry]) -> Iterator[None]:
+        """Have entries' bytes fetched while the body runs, in case it asks for them."""
+        wanted = [_range(one) for one in next(_in_groups([[entry] for entry in entries], _AHEAD_BYTES), [])]
+        try:
+            self._tier.read_ahead(wanted)
+            yield
+        finally:
+            self._tier.forget_ahead(wanted)
 
     @property
     def left_out(self) -> bool:

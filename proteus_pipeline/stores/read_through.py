@@ -177,10 +177,14 @@ class ReadThrough:
         """
         if self._failed and time.monotonic() < self._again:
             return []
-        coming = self.far.begin_ranges(wanted)
+        asked = set(wanted)
+        with self._lock:
+            under_way = [one for one in self._ahead if one in asked]
+        asked.difference_update(under_way)
+        coming = self.far.begin_ranges([one for one in wanted if one in asked])
         with self._lock:
             self._ahead |= coming
-        return list(coming)
+        return [*under_way, *coming]
 
     def forget_ahead(self, wanted: Iterable[Range]) -> None:
         """Let go of what was read ahead and not asked for."""

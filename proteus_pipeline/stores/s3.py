@@ -18,6 +18,7 @@ from proteus_pipeline.errors import StorageError
 from proteus_pipeline.stores import s3_access, s3_uploads
 from proteus_pipeline.stores.counts import count
 from proteus_pipeline.stores.files import TEMPORARY_PREFIX, storage_error
+from proteus_pipeline.stores.memory import Buffers
 from proteus_pipeline.stores.ranges import PART_BYTES, Range, cut, joined, parts_of, spans_of
 from proteus_pipeline.stores.s3_access import PATIENT, Bucket, Patience, parse_url
 from proteus_pipeline.stores.store import Unfinished
@@ -32,6 +33,9 @@ _READ_AT_ONCE = 32
 _FETCHED_AT_ONCE = 16 * PART_BYTES
 # No object is larger; a damaged index may ask for more.
 _LARGEST = 5 << 40
+# What is larger is read into memory that is used again: of as many parts as are read at once.
+_STREAMED, _CHUNK = 1 << 20, 256 << 10
+_PARTS = Buffers(PART_BYTES, _READ_AT_ONCE)
 
 
 @dataclass(frozen=True)
@@ -175,7 +179,10 @@ class S3Store:
     def _part(self, name: str, offset: int, nbytes: int) -> memoryview:
         def some(there: Client) -> memoryview:
             try:
-                data = memoryview(there.get_range(name, start=offset, length=nbytes))
+                if nbytes < _STREAMED:
+                    data = memoryview(there.get_range(name, start=offset, length=nbytes))
+                else:
+                    data = _streamed(there, name, offset, nbytes)
             except Exception as error:
                 if "status code: 416" in str(error):  # it ends before
                     return memoryview(b"")
@@ -368,3 +375,12 @@ class S3Store:
             or not name.isprintable()
         ):
             raise StorageError(f"{name!r} is no name of a file in {self.location}", "look at who wrote it there")
+
+
+def _streamed(there: Client, name: str, offset: int, nbytes: int) -> memoryview:
+    """Return a part of a file, no longer than `PART_BYTES`."""
+    part, got = _PARTS.lend().data, 0
+    for chunk in there.get(name, options={"range": (offset, offset + nbytes)}).stream(min_chunk_size=_CHUNK):
+        part[got : got + len(chunk)] = chunk
+        got += len(chunk)
+    return part[:got]

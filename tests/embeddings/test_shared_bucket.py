@@ -9,8 +9,9 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from entries import HERE, THERE, TRUNK, Made, headers, made_by, make, publish, serves
@@ -24,6 +25,7 @@ from proteus_pipeline.embeddings.index import key_strings
 from proteus_pipeline.embeddings.visible import Visible
 from proteus_pipeline.errors import ConfigError, IntegrityError, StorageError
 from proteus_pipeline.stores import read_through, s3_uploads
+from proteus_pipeline.stores.ranges import Range
 from proteus_pipeline.stores.s3 import S3Store
 from proteus_pipeline.stores.s3_access import Patience
 
@@ -135,6 +137,48 @@ def test_who_stops_asking_leaves_nothing_under_way(url: str, tmp_path: Path, mon
     gc.collect()
     assert reader._beneath._ahead == {}
     assert not [t.name for t in threading.enumerate() if t.name.startswith("reader")]
+
+
+def test_what_was_seen_last_is_fetched_while_it_is_asked_whether_that_still_holds(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    here, made = EmbeddingCache(tmp_path / "here"), make(12, pooling="per_residue")
+    publish(here, made)
+    here.push(url)
+    reader = EmbeddingCache(tmp_path / "reader", shared=url)
+    assert serves(reader, made) == 12
+    asked: list[Range] = []
+    begun, in_time = threading.Event(), []
+    begin_ranges, sizes = S3Store.begin_ranges, S3Store.sizes
+
+    def begins(store: S3Store, wanted: Sequence[Range]) -> Any:
+        asked.extend(wanted)
+        coming = begin_ranges(store, wanted)
+        begun.set()
+        return coming
+
+    def lists(store: S3Store, folder: str) -> Any:
+        in_time.append(begun.wait(10))
+        return sizes(store, folder)
+
+    monkeypatch.setattr(S3Store, "begin_ranges", begins)
+    monkeypatch.setattr(S3Store, "sizes", lists)
+    time.sleep(read_through.BELIEVED_SECONDS + 0.1)
+    assert serves(reader, made) == 12
+    assert in_time == [True] * 3
+    assert len(asked) == len(set(asked)) == 12  # each once
+    assert reader._beneath._ahead == {}
+
+    # What is hidden by then is not served, and nothing of it stays under way.
+    admin = EmbeddingCache(tmp_path / "admin")
+    admin.pull(url)
+    admin.invalidate(TRUNK, "a bug")
+    admin.push(url)
+    asked.clear()
+    time.sleep(read_through.BELIEVED_SECONDS + 0.1)
+    assert serves(reader, made) == 0
+    assert len(asked) == 12
+    assert reader._beneath._ahead == {}
 
 
 def test_a_prefix_without_a_cache_is_refused(url: str, tmp_path: Path):
