@@ -76,7 +76,7 @@ def compute(
     sequences
         By key.
     token_budget
-        Tokens in one pass.
+        Tokens at a time.
 
     Raises
     ------

@@ -114,7 +114,7 @@ class LocalEngine:
     attest
         Returns the device class and torch's version.
     token_budget
-        Tokens in one pass.
+        Tokens at a time.
 
     """
 

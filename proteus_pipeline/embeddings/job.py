@@ -94,7 +94,7 @@ class Job:
     attested
         Device class and torch's version.
     token_budget
-        Tokens in one pass.
+        Tokens at a time.
     lease
         This run's, by which other runs know what it is computing.
     progress
