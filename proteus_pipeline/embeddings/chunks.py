@@ -14,7 +14,7 @@ import numpy as np
 
 from proteus_pipeline.embeddings.stored import NUMPY_DTYPES
 from proteus_pipeline.errors import IntegrityError
-from proteus_pipeline.stores.memory import Buffers
+from proteus_pipeline.stores.memory import Memory
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -35,10 +35,8 @@ _LEAST_BLOCK, _LARGEST_BLOCK = 4096, 256 << 20
 _NUMBERS = 65536
 # Whether a byte of the numbers is worth compressing is tried on so many of them: low ones are noise.
 _TRIED, _WORTHWHILE = 32768, 0.98
-# Arrays are decoded into pieces of 4 MB: one that is kept keeps its neighbours'. As much as is read ahead is used again.
-_LENT = Buffers(4 << 20, 64)
-_room_left = threading.local()
-_ALIGNED = 64
+# As much as is read ahead of a bucket's entries is used again.
+_DECODED = Memory(256 << 20)
 
 
 def encode_entry(array: NDArray[np.generic], stored: str) -> bytes:
@@ -124,7 +122,7 @@ def _decompressed(body: memoryview, nbytes: int) -> NDArray[np.uint8]:
     """Return what is in a blosc chunk; from the main thread by several at once, which is numcodecs' own way."""
     from numcodecs import blosc
 
-    out = _room(nbytes)
+    out = _DECODED.lend(nbytes)
     if threading.current_thread() is not threading.main_thread():
         blosc.decompress(body, out)  # by this thread alone
     else:
@@ -136,18 +134,6 @@ def _decompressed(body: memoryview, nbytes: int) -> NDArray[np.uint8]:
             blosc.use_threads = before
     out.flags.writeable = False
     return out
-
-
-def _room(nbytes: int) -> NDArray[np.uint8]:
-    """Return memory for an array: of what is lent at a time, this thread's next piece."""
-    if nbytes > _LENT.nbytes:
-        return np.empty(nbytes, np.uint8)
-    lent, used = getattr(_room_left, "now", (None, 0))
-    if lent is None or used + nbytes > len(lent):
-        lent, used = _LENT.lend(), 0
-    _room_left.now = lent, used + nbytes + -nbytes % _ALIGNED
-    room: NDArray[np.uint8] = lent[used : used + nbytes]
-    return room
 
 
 def decode_rows(data: bytes, stored: str, width: int, origin: str) -> NDArray[np.generic]:

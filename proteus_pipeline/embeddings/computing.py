@@ -76,7 +76,7 @@ def compute(
     sequences
         By key.
     token_budget
-        Tokens at a time.
+        Tokens in one pass.
 
     Raises
     ------

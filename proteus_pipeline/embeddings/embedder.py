@@ -106,7 +106,7 @@ def embed(
     attest
         Returns the device class and torch's version; called likewise.
     token_budget
-        Tokens at a time.
+        Tokens in one pass.
 
     Raises
     ------

@@ -114,7 +114,7 @@ class LocalEngine:
     attest
         Returns the device class and torch's version.
     token_budget
-        Tokens at a time.
+        Tokens in one pass.
 
     """
 

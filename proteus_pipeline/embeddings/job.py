@@ -94,7 +94,7 @@ class Job:
     attested
         Device class and torch's version.
     token_budget
-        Tokens at a time.
+        Tokens in one pass.
     lease
         This run's, by which other runs know what it is computing.
     progress

@@ -19,7 +19,7 @@ from proteus_pipeline.embeddings.stored import NUMPY_DTYPES, to_fp32
 from proteus_pipeline.embeddings.visible import Visible
 from proteus_pipeline.errors import ConfigError, IntegrityError, StorageError
 from proteus_pipeline.stores.counts import count
-from proteus_pipeline.stores.read_through import ReadThrough
+from proteus_pipeline.stores.read_through import Coming, ReadThrough
 from proteus_pipeline.stores.store import LocalStore
 
 if TYPE_CHECKING:
@@ -183,27 +183,28 @@ class EntryLookup:
         Damaged ones are warned of, and passed over.
         """
         unique = list(dict.fromkeys(keys))
-        with self._expected(unique):
+        with self._expected(unique) as begun:
             by_key = self.candidates(unique)
             found = [by_key[key] for key in unique if key in by_key]
             here = self.visible.segments()
             if isinstance(self._beneath, ReadThrough) and any(entries[0].segment not in here for entries in found):
-                yield from filter(None, reading_ahead(self._beneath, found, here, self._first_sound))
+                yield from filter(None, reading_ahead(self._beneath, found, here, self._first_sound, begun))
             elif sum(entries[0].nbytes for entries in found) > _WORTH_THREADS:
                 yield from filter(None, ahead(self._first_sound, found))
             else:
                 yield from filter(None, map(self._first_sound, found))
 
-    def _expected(self, keys: Sequence[str]) -> AbstractContextManager[None]:
+    def _expected(self, keys: Sequence[str]) -> AbstractContextManager[Coming]:
         """Begin to fetch what a shared cache far away had when it was last asked, where it is about to be asked again.
 
         Asking takes as long as fetching some hundred entries. Nothing of it is served that is not there, or hidden, by then.
         """
         beneath = self._visible_beneath
         if not isinstance(beneath, DistantVisible) or len(keys) > _EXPECTED or not beneath.due:
-            return nullcontext()
-        rest = self.visible.find(keys, mine=self.device_class).missing()
-        return beneath.expecting(list(beneath.find(rest, mine=self.device_class).best()))
+            return nullcontext({})
+        only = self._accept == "same_class"
+        rest = self.visible.find(keys, mine=self.device_class, only_mine=only).missing()
+        return beneath.expecting(list(beneath.find(rest, mine=self.device_class, only_mine=only).best()))
 
     def _first_sound(self, entries: Sequence[Entry]) -> tuple[Entry, NDArray[np.generic]] | None:
         failed: dict[Entry, StorageError] = {}

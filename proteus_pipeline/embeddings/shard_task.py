@@ -54,7 +54,7 @@ class Weights:
     threads
         To compute with; None for as many as Dask was told that the worker has.
     token_budget
-        Tokens at a time.
+        Tokens in one pass.
 
     """
 

@@ -21,6 +21,7 @@ from proteus_pipeline.errors import ConfigError, IntegrityError, StorageError
 from proteus_pipeline.identity import digests
 from proteus_pipeline.stores.places import open_place, scheme_of
 from proteus_pipeline.stores.ranges import Range
+from proteus_pipeline.stores.read_through import Coming as Ahead
 from proteus_pipeline.stores.read_through import ReadThrough
 from proteus_pipeline.stores.s3 import S3Store
 from proteus_pipeline.stores.s3_access import PATIENT, QUICK, Patience
@@ -79,14 +80,14 @@ class DistantVisible(Visible):
         return not all(self._tier.unchanged(folder, self._marks.get(folder)) for folder in (EVENTS, INDEXES, RUNS))
 
     @contextmanager
-    def expecting(self, entries: Sequence[Entry]) -> Iterator[None]:
-        """Have entries' bytes fetched while the body runs, in case it asks for them."""
+    def expecting(self, entries: Sequence[Entry]) -> Iterator[Ahead]:
+        """Have entries' bytes fetched while the body runs, in case it reads them; give what is under way."""
         wanted = [_range(one) for one in next(_in_groups([[entry] for entry in entries], _AHEAD_BYTES), [])]
+        begun = self._tier.read_ahead(wanted)
         try:
-            self._tier.read_ahead(wanted)
-            yield
+            yield begun
         finally:
-            self._tier.forget_ahead(wanted)
+            self._tier.forget_ahead(begun)
 
     @property
     def left_out(self) -> bool:
@@ -159,6 +160,7 @@ def reading_ahead(
     found: Sequence[Sequence[Entry]],
     here: Collection[str],
     read: Callable[[Sequence[Entry]], R],
+    begun: Ahead,
 ) -> Iterator[R]:
     """Yield what is read of each key's entries, in their order.
 
@@ -175,15 +177,19 @@ def reading_ahead(
         The segments that need not be fetched.
     read
         What reads a key's entries; called in threads.
+    begun
+        What `DistantVisible.expecting` began of them.
 
     """
-    flying: deque[tuple[deque[Coming[R]], list[Range]]] = deque()
+    unwanted = begun.keys() - {_range(entries) for entries in found}
+    store.forget_ahead({one: begun[one] for one in unwanted})
+    flying: deque[tuple[deque[Coming[R]], Ahead]] = deque()
     pool = ThreadPoolExecutor(READING, "reader")
     try:
         for part in _in_groups(found, _AHEAD_BYTES):
             wanted = [_range(entries) for entries in part if entries[0].segment not in here]
-            flying.append((deque(), wanted))
-            flying[-1][0].extend(_begin(pool, read, part, store.read_ahead(wanted)))
+            flying.append((deque(), store.read_ahead(wanted, begun)))
+            flying[-1][0].extend(_begin(pool, read, part, list(flying[-1][1])))
             if len(flying) > 1:
                 yield from _results(flying[0][0])
                 flying.popleft()
@@ -193,8 +199,8 @@ def reading_ahead(
     finally:
         # Whoever stops asking: the entries that were not read.
         pool.shutdown(cancel_futures=True)
-        for _, wanted in flying:
-            store.forget_ahead(wanted)
+        for _, ahead in flying:
+            store.forget_ahead(ahead)
 
 
 def _begin(

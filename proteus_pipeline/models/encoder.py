@@ -29,8 +29,7 @@ NUMERICS = ("strict", "tolerant")
 # lies in a smaller one, alone or with its like.
 CPU_TILES = (48, 96, 256)
 GPU_TILE = 4096  # a GPU needs more rows at once to be busy
-TOKENS_PER_BATCH = 2048  # enough that products are large, few enough that what is under way stays small
-LEAST_TOKENS = 2 * CPU_TILES[-1]  # of a thread's batch
+TOKENS_PER_BATCH = 2048  # enough that products are large, few enough that a batch stays small
 # By the family that an architecture says it is of.
 FAMILIES = {"esm2": "proteus_pipeline.models.esm2:Esm2Encoder"}
 
@@ -113,7 +112,7 @@ class Encoder(Protocol):
         outputs
             What is wanted.
         token_budget
-            Tokens at a time, which a CPU's threads share; decides speed and memory, and in strict numerics no bit.
+            Tokens in one pass; decides speed and memory, and in strict numerics no bit.
 
         Raises
         ------
@@ -151,15 +150,6 @@ def weight_bytes(architecture: Architecture, precision: str, device: str = "cpu"
     return (2 if halves else 4) * products + 4 * rest + 1024 * 4 * d
 
 
-def tokens_each(token_budget: int, threads: int) -> int:
-    """Return the tokens of a batch of one of some threads, which have about `token_budget` together, but no tiny batches.
-
-    >>> tokens_each(2048, 2), tokens_each(2048, 64), tokens_each(100, 2)
-    (1024, 512, 100)
-    """
-    return min(token_budget, max(token_budget // threads, LEAST_TOKENS))
-
-
 def activation_bytes(
     architecture: Architecture, lengths: Sequence[int], *, tokens: int, threads: int, attention: bool = False
 ) -> int:
@@ -177,7 +167,7 @@ def activation_bytes(
     lengths
         Residues of each sequence.
     tokens
-        At a time: `tokens_each` makes a thread's batch of it.
+        Of one batch.
     threads
         That compute.
     attention
@@ -187,7 +177,7 @@ def activation_bytes(
     if not lengths:
         return 0
     longest, total = max(lengths) + 2, sum(lengths) + 2 * len(lengths)
-    under_way = min(max(tokens_each(tokens, threads), longest) * (threads + 1), total) + sum(CPU_TILES)
+    under_way = min(max(tokens, longest) * (threads + 1), total) + sum(CPU_TILES)
     head = 4 * longest * longest
     maps = 5 * threads * max(head, min(architecture.heads * head, PROBABILITY_BYTES)) if attention else 0
     tiles = 12 * architecture.ffn_width * CPU_TILES[-1] * threads

@@ -29,7 +29,7 @@ from proteus_pipeline.errors import CacheMemoryError, ConfigError, ModelError
 from proteus_pipeline.models.attention import attend, attend_together, probabilities
 from proteus_pipeline.models.blocks import Arithmetic, Batch, Block
 from proteus_pipeline.models.checkpoint import EMBEDDING, Checkpoint
-from proteus_pipeline.models.encoder import CPU_TILES, LEAST_TOKENS, TOKENS_PER_BATCH, Encoded, Outputs, tokens_each
+from proteus_pipeline.models.encoder import CPU_TILES, TOKENS_PER_BATCH, Encoded, Outputs
 from proteus_pipeline.models.heads import ContactHead, LanguageHead
 from proteus_pipeline.models.plan import plan_batches, plan_in_tiles, plan_tiles
 from proteus_pipeline.models.workers import Alone, Crew, Workers, do_all, thread_count, workers
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from proteus_pipeline.models.architecture import Architecture
 
 _BATCHES_EACH = 4
+_LEAST_TOKENS = 2 * CPU_TILES[-1]
 _TABLE_ROWS = 1024  # of a rotary table, at least
 # ESM-2 was trained with 15% of tokens chosen, 80% of those masked (esm/model/esm2.py).
 _KEPT_IN_TRAINING = 1 - 0.15 * 0.8
@@ -121,7 +122,7 @@ class Esm2Encoder:
         count = thread_count()
         # Several batches for each thread, where there is work for that: the threads end at about the same time.
         share = -(-sum(lengths) // (_BATCHES_EACH * count * CPU_TILES[-1])) * CPU_TILES[-1]
-        budget = min(tokens_each(token_budget, count), max(share, LEAST_TOKENS))
+        budget = min(token_budget, max(share, _LEAST_TOKENS))
         tiles = self._arithmetic.tiles if self._strict else self._arithmetic.tiles[-1:]
         batches = plan_in_tiles(lengths, budget, tiles)
         with workers(count) as pool:

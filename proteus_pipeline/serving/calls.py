@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from proteus_pipeline.models.encoder import activation_bytes, tokens_each
+from proteus_pipeline.models.encoder import activation_bytes
 from proteus_pipeline.models.workers import thread_count
 
 if TYPE_CHECKING:
@@ -31,11 +31,10 @@ class Call:
     @classmethod
     def usual(cls, tokens: int, device: str) -> Call:
         """Return a call of whole batches on all threads, with the one more that waits to be taken."""
-        threads = _threads(device)
-        return cls((max(tokens_each(tokens, threads) - 2, 1),) * (threads + 1))
+        return cls((max(tokens - 2, 1),) * (_threads(device) + 1))
 
     def nbytes(self, architecture: Architecture, tokens: int, device: str) -> int:
-        """Return about how many bytes it takes, of so many tokens at a time."""
+        """Return about how many bytes it takes, in batches of so many tokens."""
         return activation_bytes(
             architecture, self.lengths, tokens=tokens, threads=_threads(device), attention=self.attention
         )

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from proteus_pipeline.stores.s3 import S3Store
 
 T = TypeVar("T")
+Coming = dict[Range, list[tuple[Future[memoryview], int]]]
+"""Ranges that are under way: of each the pieces of files that it lies in, and where they begin."""
 _log = logging.getLogger(__name__)
 # How old a listing may be. An index or an invalidation that is published there is seen so much later.
 BELIEVED_SECONDS = 1.0
@@ -36,6 +38,7 @@ BELIEVED_SECONDS = 1.0
 LEFT_ALONE_SECONDS = 30.0
 # A file in the making that is older is of a process that was killed.
 _UNFINISHED_SECONDS = 3600.0
+_BROUGHT_AT_ONCE = 8
 # Names of files that are kept end in the digest of what they hold.
 _DIGEST_DIGITS = 32
 
@@ -81,7 +84,7 @@ class ReadThrough:
         self._unwritten: tuple[StorageError, float] | None = None
         self._listed: dict[str, dict[str, tuple[int, str]]] = {}
         self._before = threading.local()
-        self._ahead: dict[Range, list[tuple[Future[memoryview], int]]] = {}
+        self._ahead: Coming = {}
         self._lock = threading.Lock()
         self._told = False
 
@@ -166,32 +169,43 @@ class ReadThrough:
     def read_many(self, name: str, offsets: list[int], buffers: list[memoryview]) -> list[bool]:
         return self.ask(partial(self.far.read_many, name, offsets, buffers))
 
-    def read_ahead(self, wanted: Sequence[Range]) -> list[Range]:
+    def read_ahead(self, wanted: Sequence[Range], begun: Coming | None = None) -> Coming:
         """Begin to read ranges that `read` or `view` will be asked for, by few requests; their errors are theirs.
+
+        Parameters
+        ----------
+        wanted
+            The ranges.
+        begun
+            What an earlier call returned: what is under way of it is not asked for again.
 
         Returns
         -------
-        list of tuple
-            Of the ranges those that come, roughly in the order in which they do.
+        dict
+            What comes, roughly in the order in which it does; `forget_ahead` lets go of it.
 
         """
         if self._failed and time.monotonic() < self._again:
-            return []
+            return {}
         asked = set(wanted)
+        under_way = {
+            one: parts for one, parts in (begun or {}).items() if one in asked and self._ahead.get(one) is parts
+        }
+        coming = self.far.begin_ranges([one for one in wanted if one not in under_way])
         with self._lock:
-            under_way = [one for one in self._ahead if one in asked]
-        asked.difference_update(under_way)
-        coming = self.far.begin_ranges([one for one in wanted if one in asked])
-        with self._lock:
-            self._ahead |= coming
-        return [*under_way, *coming]
+            self._ahead.update(coming)
+        return under_way | coming
 
-    def forget_ahead(self, wanted: Iterable[Range]) -> None:
-        """Let go of what was read ahead and not asked for."""
+    def forget_ahead(self, coming: Coming) -> None:
+        """Let go of what comes and was not asked for; what another reader has begun to read since is left to that."""
+        mine = list(coming.items())
         with self._lock:
-            for one in wanted:
-                for future, _ in self._ahead.pop(one, ()):
-                    future.cancel()
+            for one, parts in mine:
+                if self._ahead.get(one) is parts:
+                    del self._ahead[one]
+        left = {future for parts in list(self._ahead.values()) for future, _ in parts}
+        for future in {future for _, parts in mine for future, _ in parts} - left:
+            future.cancel()
 
     def bring(self, names: Iterable[str]) -> None:
         """Have files in the tier, several at a time, before `map` asks for each, where all have room."""
@@ -205,8 +219,13 @@ class ReadThrough:
             self._told = True
             return
         missing = [name for name in names if self._kept(name) is None]
-        with suppress(FileNotFoundError):  # merged meanwhile
-            self.ask(lambda: self.far.together([partial(self._bring, name) for name in missing]))
+        if missing:
+            # Not by the threads that read ahead: nothing is looked up before these are here.
+            with (
+                suppress(FileNotFoundError),
+                self.far.apart(min(len(missing), _BROUGHT_AT_ONCE), "index") as pool,
+            ):  # merged meanwhile
+                self.ask(lambda: list(pool.map(self._bring, missing)))
 
     def at_hand(self, name: str) -> AbstractContextManager[None]:
         return self.far.at_hand(name)

@@ -18,7 +18,7 @@ from proteus_pipeline.errors import StorageError
 from proteus_pipeline.stores import s3_access, s3_uploads
 from proteus_pipeline.stores.counts import count
 from proteus_pipeline.stores.files import TEMPORARY_PREFIX, storage_error
-from proteus_pipeline.stores.memory import Buffers
+from proteus_pipeline.stores.memory import Memory
 from proteus_pipeline.stores.ranges import PART_BYTES, Range, cut, joined, parts_of, spans_of
 from proteus_pipeline.stores.s3_access import PATIENT, Bucket, Patience, parse_url
 from proteus_pipeline.stores.store import Unfinished
@@ -35,7 +35,7 @@ _FETCHED_AT_ONCE = 16 * PART_BYTES
 _LARGEST = 5 << 40
 # What is larger is read into memory that is used again: of as many parts as are read at once.
 _STREAMED, _CHUNK = 1 << 20, 256 << 10
-_PARTS = Buffers(PART_BYTES, _READ_AT_ONCE)
+_PARTS = Memory(_READ_AT_ONCE * PART_BYTES)
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ class S3Store:
         def some(there: Client) -> memoryview:
             try:
                 if nbytes < _STREAMED:
-                    data = memoryview(there.get_range(name, start=offset, length=nbytes))
+                    data = memoryview(there.get_range(name, start=offset, length=nbytes))[:nbytes]
                 else:
                     data = _streamed(there, name, offset, nbytes)
             except Exception as error:
@@ -211,9 +211,12 @@ class S3Store:
 
     def _threads(self) -> ThreadPoolExecutor:
         with self._opening:
-            mark = partial(setattr, self._inside, "pool", True)
-            self._pool = self._pool or ThreadPoolExecutor(_READ_AT_ONCE, "s3", mark)
+            self._pool = self._pool or self.apart(_READ_AT_ONCE, "s3")
             return self._pool
+
+    def apart(self, count: int, name: str) -> ThreadPoolExecutor:
+        """Return threads for requests that must not wait for those that are under way; each makes one after the other."""
+        return ThreadPoolExecutor(count, name, partial(setattr, self._inside, "pool", True))
 
     def read_many(self, name: str, offsets: list[int], buffers: list[memoryview]) -> list[bool]:
         found = self.ranges([(name, o, len(b)) for o, b in zip(offsets, buffers, strict=True)])
@@ -379,8 +382,9 @@ class S3Store:
 
 def _streamed(there: Client, name: str, offset: int, nbytes: int) -> memoryview:
     """Return a part of a file, no longer than `PART_BYTES`."""
-    part, got = _PARTS.lend().data, 0
+    part, got = _PARTS.lend(nbytes).data, 0
     for chunk in there.get(name, options={"range": (offset, offset + nbytes)}).stream(min_chunk_size=_CHUNK):
-        part[got : got + len(chunk)] = chunk
-        got += len(chunk)
+        some = memoryview(chunk)[: nbytes - got]  # no server should send more
+        part[got : got + len(some)] = some
+        got += len(some)
     return part[:got]

@@ -181,6 +181,61 @@ def test_what_was_seen_last_is_fetched_while_it_is_asked_whether_that_still_hold
     assert reader._beneath._ahead == {}
 
 
+def test_nothing_is_fetched_beforehand_that_is_of_another_class_where_only_the_own_is_accepted(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    here, made = EmbeddingCache(tmp_path / "here"), make(5, pooling="per_residue")
+    publish(here, made, THERE)
+    here.push(url)
+    reader = EmbeddingCache(tmp_path / "reader", shared=url, accept="same_class", device_class=lambda: HERE)
+    assert serves(reader, made) == 0
+    asked: list[Range] = []
+    begin_ranges = S3Store.begin_ranges
+    monkeypatch.setattr(
+        S3Store, "begin_ranges", lambda self, wanted: asked.extend(wanted) or begin_ranges(self, wanted)
+    )
+    time.sleep(read_through.BELIEVED_SECONDS + 0.1)
+    assert serves(reader, made) == 0
+    assert asked == []
+
+
+def test_who_lets_go_of_what_comes_leaves_what_another_began(url: str, tmp_path: Path):
+    here, made = EmbeddingCache(tmp_path / "here"), make(6, pooling="per_residue")
+    publish(here, made)
+    here.push(url)
+    reader = EmbeddingCache(tmp_path / "reader", shared=url)
+    entries = [entries[0] for entries in reader.candidates(list(made.arrays)).values()]
+    wanted = [(f"seg/{e.segment}", e.offset, e.nbytes) for e in entries]
+    tier = reader._beneath
+    mine, theirs = tier.read_ahead(wanted), tier.read_ahead(wanted)
+    tier.forget_ahead(mine)
+    assert tier._ahead == theirs
+    # They are neighbours, and come by one request: one of them is wanted no more, and the others are.
+    tier.forget_ahead({wanted[0]: theirs[wanted[0]]})
+    assert tier.read_ahead(wanted[1:], theirs) == {one: theirs[one] for one in wanted[1:]}
+    for one in wanted[1:]:
+        (path,) = (tmp_path / "here" / "seg").iterdir()
+        assert bytes(tier.view(*one)) == path.read_bytes()[one[1] : one[1] + one[2]]
+        assert not any(future.cancelled() for future, _ in theirs[one])
+    assert tier._ahead == {}
+
+
+def test_new_indexes_do_not_wait_for_what_is_read_ahead(url: str, tmp_path: Path):
+    here, made = EmbeddingCache(tmp_path / "here"), kinds()
+    for one in made:
+        publish(here, one)
+    here.push(url)
+    reader = EmbeddingCache(tmp_path / "reader", shared=url)
+    over, late = threading.Event(), []
+    threads = reader._beneath.far._threads()
+    busy = [threads.submit(lambda: late.append(not over.wait(30))) for _ in range(100)]
+    assert len(reader.candidates(list(made[0].arrays))) == len(made[0].arrays)
+    over.set()
+    for one in busy:
+        one.result()
+    assert not any(late)
+
+
 def test_a_prefix_without_a_cache_is_refused(url: str, tmp_path: Path):
     with pytest.raises(
         StorageError, match=f"^{url}/none is no embedding cache; it has none of seg, index, runs, events$"
