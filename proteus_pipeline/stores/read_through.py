@@ -85,7 +85,8 @@ class ReadThrough:
         self._listed: dict[str, dict[str, tuple[int, str]]] = {}
         self._before = threading.local()
         self._ahead: Coming = {}
-        self._lock = threading.Lock()
+        # Python's collector may close a reader that nobody asks any more at any allocation, within the lock too.
+        self._lock = threading.RLock()
         self._told = False
 
     def ask(self, request: Callable[[], T], *, writing: bool = False) -> T:
@@ -153,8 +154,9 @@ class ReadThrough:
         return bytes(self.view(name, offset, nbytes))
 
     def view(self, name: str, offset: int, nbytes: int) -> memoryview:
+        one = name, offset, nbytes
         with self._lock:
-            coming = self._ahead.pop((name, offset, nbytes), None)
+            coming = self._ahead.pop(one, None)
         if coming is not None:
             try:
                 return joined([cut(self.ask(future.result), first, offset, nbytes) for future, first in coming])
