@@ -21,8 +21,7 @@ from proteus_pipeline.errors import ConfigError, IntegrityError, StorageError
 from proteus_pipeline.identity import digests
 from proteus_pipeline.stores.places import open_place, scheme_of
 from proteus_pipeline.stores.ranges import Range
-from proteus_pipeline.stores.read_through import Coming as Ahead
-from proteus_pipeline.stores.read_through import ReadThrough
+from proteus_pipeline.stores.read_through import Ahead, ReadThrough
 from proteus_pipeline.stores.s3 import S3Store
 from proteus_pipeline.stores.s3_access import PATIENT, QUICK, Patience
 
@@ -80,9 +79,9 @@ class DistantVisible(Visible):
         return not all(self._tier.unchanged(folder, self._marks.get(folder)) for folder in (EVENTS, INDEXES, RUNS))
 
     @contextmanager
-    def expecting(self, entries: Sequence[Entry]) -> Iterator[Ahead]:
+    def expecting(self, entries: Iterable[Entry]) -> Iterator[Ahead]:
         """Have entries' bytes fetched while the body runs, in case it reads them; give what is under way."""
-        wanted = [_range(one) for one in next(_in_groups([[entry] for entry in entries], _AHEAD_BYTES), [])]
+        wanted = [_range(one) for one in next(_in_groups(([entry] for entry in entries), _AHEAD_BYTES), [])]
         begun = self._tier.read_ahead(wanted)
         try:
             yield begun
@@ -181,8 +180,9 @@ def reading_ahead(
         What `DistantVisible.expecting` began of them.
 
     """
-    unwanted = begun.keys() - {_range(entries) for entries in found}
-    store.forget_ahead({one: begun[one] for one in unwanted})
+    if begun:
+        unwanted = begun.keys() - map(_range, found)
+        store.forget_ahead({one: begun[one] for one in unwanted})
     flying: deque[tuple[deque[Coming[R]], Ahead]] = deque()
     pool = ThreadPoolExecutor(READING, "reader")
     try:

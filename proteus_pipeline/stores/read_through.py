@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from proteus_pipeline.stores.s3 import S3Store
 
 T = TypeVar("T")
-Coming = dict[Range, list[tuple[Future[memoryview], int]]]
+Ahead = dict[Range, list[tuple[Future[memoryview], int]]]
 """Ranges that are under way: of each the pieces of files that it lies in, and where they begin."""
 _log = logging.getLogger(__name__)
 # How old a listing may be. An index or an invalidation that is published there is seen so much later.
@@ -38,7 +38,6 @@ BELIEVED_SECONDS = 1.0
 LEFT_ALONE_SECONDS = 30.0
 # A file in the making that is older is of a process that was killed.
 _UNFINISHED_SECONDS = 3600.0
-_BROUGHT_AT_ONCE = 8
 # Names of files that are kept end in the digest of what they hold.
 _DIGEST_DIGITS = 32
 
@@ -84,7 +83,7 @@ class ReadThrough:
         self._unwritten: tuple[StorageError, float] | None = None
         self._listed: dict[str, dict[str, tuple[int, str]]] = {}
         self._before = threading.local()
-        self._ahead: Coming = {}
+        self._ahead: Ahead = {}
         # Python's collector may close a reader that nobody asks any more at any allocation, within the lock too.
         self._lock = threading.RLock()
         self._told = False
@@ -130,7 +129,7 @@ class ReadThrough:
         try:
             if folders:
                 self._before.began = time.monotonic()
-                # Not by the threads that read ahead, which may have a minute's work before them.
+                # By threads of their own: those of the store may have a minute's work before them.
                 with ThreadPoolExecutor(len(folders), "listing") as pool:
                     listed = self.ask(lambda: list(pool.map(self.far.sizes, folders)))
                 self._before.listed = dict(zip(folders, listed, strict=True))
@@ -171,7 +170,7 @@ class ReadThrough:
     def read_many(self, name: str, offsets: list[int], buffers: list[memoryview]) -> list[bool]:
         return self.ask(partial(self.far.read_many, name, offsets, buffers))
 
-    def read_ahead(self, wanted: Sequence[Range], begun: Coming | None = None) -> Coming:
+    def read_ahead(self, wanted: Sequence[Range], begun: Ahead | None = None) -> Ahead:
         """Begin to read ranges that `read` or `view` will be asked for, by few requests; their errors are theirs.
 
         Parameters
@@ -189,16 +188,15 @@ class ReadThrough:
         """
         if self._failed and time.monotonic() < self._again:
             return {}
-        asked = set(wanted)
-        under_way = {
-            one: parts for one, parts in (begun or {}).items() if one in asked and self._ahead.get(one) is parts
-        }
+        begun = begun or {}
+        asked = begun.keys() & wanted
+        under_way = {one: parts for one, parts in begun.items() if one in asked and self._ahead.get(one) is parts}
         coming = self.far.begin_ranges([one for one in wanted if one not in under_way])
         with self._lock:
             self._ahead.update(coming)
         return under_way | coming
 
-    def forget_ahead(self, coming: Coming) -> None:
+    def forget_ahead(self, coming: Ahead) -> None:
         """Let go of what comes and was not asked for; what another reader has begun to read since is left to that."""
         mine = list(coming.items())
         with self._lock:
@@ -221,13 +219,8 @@ class ReadThrough:
             self._told = True
             return
         missing = [name for name in names if self._kept(name) is None]
-        if missing:
-            # Not by the threads that read ahead: nothing is looked up before these are here.
-            with (
-                suppress(FileNotFoundError),
-                self.far.apart(min(len(missing), _BROUGHT_AT_ONCE), "index") as pool,
-            ):  # merged meanwhile
-                self.ask(lambda: list(pool.map(self._bring, missing)))
+        with suppress(FileNotFoundError):  # merged meanwhile
+            self.ask(lambda: self.far.together([partial(self._bring, name) for name in missing]))
 
     def at_hand(self, name: str) -> AbstractContextManager[None]:
         return self.far.at_hand(name)

@@ -99,7 +99,7 @@ class S3Store:
         self._clients: dict[bool, tuple[Client, str]] = {}
         self._opening = threading.Lock()
         self._process = os.getpid()
-        self._pool: ThreadPoolExecutor | None = None
+        self._pools: dict[str, ThreadPoolExecutor] = {}
         self._inside = threading.local()
 
     def __repr__(self) -> str:
@@ -202,21 +202,21 @@ class S3Store:
         # A thread of the pool that waited for others of it could wait for ever.
         if len(requests) < 2 or getattr(self._inside, "pool", False):
             return [request() for request in requests]
-        futures = [self._threads().submit(request) for request in requests]
+        pool = self._threads("s3")
+        futures = [pool.submit(request) for request in requests]
         try:
             return [future.result() for future in futures]
         finally:
             for future in futures:
                 future.cancel()
 
-    def _threads(self) -> ThreadPoolExecutor:
+    def _threads(self, name: str) -> ThreadPoolExecutor:
+        """Return threads of one kind, each of which makes one request after the other."""
         with self._opening:
-            self._pool = self._pool or self.apart(_READ_AT_ONCE, "s3")
-            return self._pool
-
-    def apart(self, count: int, name: str) -> ThreadPoolExecutor:
-        """Return threads for requests that must not wait for those that are under way; each makes one after the other."""
-        return ThreadPoolExecutor(count, name, partial(setattr, self._inside, "pool", True))
+            if name not in self._pools:
+                mark = partial(setattr, self._inside, "pool", True)
+                self._pools[name] = ThreadPoolExecutor(_READ_AT_ONCE, name, mark)
+            return self._pools[name]
 
     def read_many(self, name: str, offsets: list[int], buffers: list[memoryview]) -> list[bool]:
         found = self.ranges([(name, o, len(b)) for o, b in zip(offsets, buffers, strict=True)])
@@ -256,7 +256,8 @@ class S3Store:
         wanted = list(dict.fromkeys(wanted))  # a damaged index may have two entries in one place
         # Those first that are needed first, and not those that lie first.
         for name, start, end, members in sorted(spans_of(wanted, _LARGEST), key=lambda span: min(span[3])):
-            future = self._threads().submit(self._span, name, start, end)
+            # By threads of their own: what somebody waits for does not wait for what may be wanted later.
+            future = self._threads("s3-ahead").submit(self._span, name, start, end)
             for i in members:
                 one = wanted[i]
                 coming[one] = sorted([*coming.pop(one, ()), (future, start)], key=lambda piece: piece[1])

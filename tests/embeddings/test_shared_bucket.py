@@ -227,7 +227,7 @@ def test_new_indexes_do_not_wait_for_what_is_read_ahead(url: str, tmp_path: Path
     here.push(url)
     reader = EmbeddingCache(tmp_path / "reader", shared=url)
     over, late = threading.Event(), []
-    threads = reader._beneath.far._threads()
+    threads = reader._beneath.far._threads("s3-ahead")
     busy = [threads.submit(lambda: late.append(not over.wait(30))) for _ in range(100)]
     assert len(reader.candidates(list(made[0].arrays))) == len(made[0].arrays)
     over.set()

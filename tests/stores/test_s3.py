@@ -278,8 +278,8 @@ def test_a_listing_does_not_wait_for_what_is_read_ahead(url: str, tmp_path: Path
     store.write("seg/a", b"0123456789")
     tier, waits = ReadThrough(store, tmp_path, 1 << 20), threading.Event()
     try:
-        for _ in range(2 * s3_module._READ_AT_ONCE):
-            store._threads().submit(waits.wait, 60)
+        for name in 2 * s3_module._READ_AT_ONCE * ("s3", "s3-ahead"):
+            store._threads(name).submit(waits.wait, 60)
         before = time.monotonic()
         with tier.listing(["seg", "index"]):
             assert tier.names("seg") == {"a"} and tier.names("index") == set()
@@ -315,7 +315,7 @@ def test_bytes_that_another_reader_let_go_are_read_again(url: str, tmp_path: Pat
     tier = ReadThrough(store, tmp_path, 1 << 20)
     waits = threading.Event()
     for _ in range(s3_module._READ_AT_ONCE):  # all who read are busy: what is asked for is still to be begun
-        store._threads().submit(waits.wait)
+        store._threads("s3-ahead").submit(waits.wait)
     begun = tier.read_ahead([("seg/a", 0, 5), ("seg/a", 5, 5)])
     tier.forget_ahead({one: begun[one] for one in begun if one[1] == 0})
     for future, _ in begun["seg/a", 5, 5]:  # not yet: a neighbour of the same request is still wanted
