@@ -12,9 +12,11 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -275,8 +277,8 @@ _OF_ONE_RUN: dict[str, Any] = {
 @contextmanager
 def _slurm(options: ClusterOptions, folder: Path) -> Iterator[tuple[Any, Security]]:
     import dask
-    from dask_jobqueue import SLURMCluster
 
+    cluster_class = _slurm_class()
     for path in (folder, Path(sys.executable)):
         if _UNSAFE_PATH.search(str(path)):
             raise ConfigError(f"{path} has a character that a job script would read otherwise", "use a path without it")
@@ -290,7 +292,7 @@ def _slurm(options: ClusterOptions, folder: Path) -> Iterator[tuple[Any, Securit
         certificates,
         dask.config.set(_OF_ONE_RUN),
         _started(
-            SLURMCluster,
+            cluster_class,
             cores=1,  # Dask's threads: one shard at a time, which has all of the job's cores
             job_cpu=options.cores,
             processes=1,
@@ -314,6 +316,25 @@ def _slurm(options: ClusterOptions, folder: Path) -> Iterator[tuple[Any, Securit
         _try_script(cluster.job_script())
         cluster.scale(options.workers)
         yield cluster, security
+
+
+def _slurm_class() -> Any:
+    """Import dask-jobqueue's cluster and keep what Ctrl-C does: 0.9.0 sets on import that it exits, with 0 (its issue 696).
+
+    Python lets only the main thread set what a signal does, and that import fails elsewhere.
+    """
+    here = threading.current_thread() is threading.main_thread()
+    if not here and "dask_jobqueue" not in sys.modules:
+        raise ConfigError(
+            "cluster.kind=slurm can't be used first from another thread than the main one",
+            "import dask_jobqueue in the main thread before, or call this there",
+        )
+    before = signal.getsignal(signal.SIGINT)
+    from dask_jobqueue import SLURMCluster
+
+    if here and before is not None:  # None: not Python's, and not to be set from here
+        signal.signal(signal.SIGINT, before)
+    return SLURMCluster
 
 
 def _started(cluster: Callable[..., Any], **options: Any) -> Any:

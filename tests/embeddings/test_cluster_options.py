@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +96,52 @@ def test_a_path_that_a_job_script_would_read_otherwise_is_refused(tmp_path: Path
         running(ClusterOptions("slurm"), tmp_path / "a folder"),
     ):
         pass
+
+
+INTERRUPTED = """
+import os, signal
+from proteus_pipeline.embeddings import cluster
+cluster._try_script = lambda _: os.kill(os.getpid(), signal.SIGINT)
+try:
+    with cluster.running(cluster.ClusterOptions("slurm", workers=1), cluster.Path("jobs")):
+        pass
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+FROM_A_THREAD = """
+import threading
+from proteus_pipeline.embeddings import cluster
+def use():
+    try:
+        with cluster.running(cluster.ClusterOptions("slurm"), cluster.Path("jobs")):
+            pass
+    except cluster.ConfigError as error:
+        print(error)
+thread = threading.Thread(target=use)
+thread.start()
+thread.join()
+"""
+
+
+@pytest.mark.parametrize(
+    ("program", "said"),
+    [(INTERRUPTED, "interrupted"), (FROM_A_THREAD, "import dask_jobqueue in the main thread")],
+    ids=["interrupted", "from a thread"],
+)
+def test_ctrl_c_stays_what_it_was_where_dask_jobqueue_is_imported(program: str, said: str, tmp_path: Path):
+    # 0.9.0 sets on import that Ctrl-C exits with 0: what asked for a cluster would count as done.
+    (tmp_path / "sbatch").write_text("#!/bin/sh\n")
+    (tmp_path / "sbatch").chmod(0o755)
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin", "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert said in done.stdout, done.stderr
+    assert done.returncode == 0
 
 
 def test_threads_are_shared_between_local_workers(monkeypatch: pytest.MonkeyPatch):
