@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import os
 import platform
+import sys
 import time
+from contextlib import suppress
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from proteus_pipeline.errors import ConfigError
+from proteus_pipeline.errors import ConfigError, StorageError
+from proteus_pipeline.stores.files import write_atomic
 
 if TYPE_CHECKING:
     import torch
 
 _MEASURED_S = 0.5
+_FORMAT = 1
+# What drivers of NVIDIA, AMD and WSL make: without any, a CPU is all that torch will find.
+_GPU_NODES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 
 
 def resolve_device(wanted: str) -> str:
@@ -51,6 +60,56 @@ def device_class(device: str) -> str:
         major, minor = torch.cuda.get_device_capability(device)
         return f"cuda/sm_{major}{minor}"
     return f"cpu/{platform.machine()}/{torch.backends.cpu.get_cpu_capability()}/{_cpu_vendor()}"
+
+
+def remembered_class(wanted: str, memory: Path) -> str:
+    """Return the class of the device that `wanted` means here, as `device_class`; a CPU's is asked of torch once.
+
+    Importing torch takes two seconds, which is most of a run that computes nothing.
+
+    Parameters
+    ----------
+    wanted
+        As for `resolve_device`.
+    memory
+        The file that remembers, for the same torch on the same CPU with the same environment.
+
+    Raises
+    ------
+    ConfigError
+        As `resolve_device`.
+
+    """
+    gpu = wanted != "cpu" and (wanted != "auto" or any(Path(node).exists() for node in _GPU_NODES))
+    if gpu:
+        return device_class(resolve_device(wanted))
+    facts = _cpu_facts()
+    known = _recalled(memory, facts)
+    if known is not None and "torch" not in sys.modules:
+        return known
+    found = device_class(resolve_device(wanted))
+    if found != known and not on_gpu(found):
+        with suppress(StorageError, OSError):  # the next run takes as long as this one
+            write_atomic(memory, json.dumps({"format": _FORMAT, "class": found, "facts": facts}).encode())
+    return found
+
+
+def _cpu_facts() -> list[str | None]:
+    """Return what a CPU's class follows from: torch's build, what it is told, and the instructions that are there."""
+    told = os.environ.get("ATEN_CPU_CAPABILITY")
+    flags = next((line for line in _cpuinfo() if line.startswith(("flags", "Features"))), "")
+    return [metadata.version("torch"), told, platform.machine(), _cpu_vendor(), " ".join(flags.split())]
+
+
+def _recalled(memory: Path, facts: list[str | None]) -> str | None:
+    try:
+        value = json.loads(memory.read_bytes())
+    except (OSError, ValueError):
+        return None
+    if not isinstance(value, dict) or (value.get("format"), value.get("facts")) != (_FORMAT, facts):
+        return None
+    known = value.get("class")
+    return known if isinstance(known, str) else None
 
 
 def on_gpu(device_class: str) -> bool:

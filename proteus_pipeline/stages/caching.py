@@ -18,7 +18,7 @@ from proteus_pipeline.embeddings.manifest import read_manifest
 from proteus_pipeline.embeddings.recipe import Recipe
 from proteus_pipeline.errors import ConfigError, ProteusError, StorageError
 from proteus_pipeline.models.architecture import resolve_layer
-from proteus_pipeline.models.device import device_class, matmul_rate, resolve_device
+from proteus_pipeline.models.device import matmul_rate, resolve_device
 from proteus_pipeline.models.pooling import POOLINGS
 from proteus_pipeline.registry.bucket import URL_VARIABLE
 from proteus_pipeline.registry.weights import remote_settings
@@ -123,15 +123,18 @@ def plan(project: Project, this: Asked) -> Plan:
     """Return what embedding the proteins would take; where these weights never ran here, by what this machine can do."""
     version = project.manager.resolve(this.reference)
     architecture = version.checkpoint.architecture
-    device = resolve_device(this.composed["runtime"]["device"])
-    found = this.cache.plan(this.sequences, this.trunk, this.recipe, architecture.width, device_class(device))
+    wanted = this.composed["runtime"]["device"]
+    here = project.device_class(wanted)
+    found = this.cache.plan(this.sequences, this.trunk, this.recipe, architecture.width, here)
     if found.seconds is not None or not found.misses:
         return found
     import torch
 
     mean_length = round(found.tokens / found.misses) - 2
     flops = found.misses * architecture.flops(mean_length)
-    return dataclasses.replace(found, seconds=flops / (_SHARE_OF_PRODUCTS * matmul_rate(device, torch.float32)))
+    return dataclasses.replace(
+        found, seconds=flops / (_SHARE_OF_PRODUCTS * matmul_rate(resolve_device(wanted), torch.float32))
+    )
 
 
 def explain(this: Asked, only: str | None) -> tuple[list[str], list[Miss]]:

@@ -12,7 +12,7 @@ from proteus_pipeline.embeddings.engine import Engine, LocalEngine
 from proteus_pipeline.embeddings.manifest import listed, write_manifest
 from proteus_pipeline.embeddings.shard_task import Places, Weights
 from proteus_pipeline.errors import IntegrityError
-from proteus_pipeline.models.device import attested, device_class, on_gpu, resolve_device
+from proteus_pipeline.models.device import attested, on_gpu, resolve_device
 from proteus_pipeline.sequences.fasta import Record, read_fasta
 from proteus_pipeline.stages.compose import cluster_options, recipe_of
 from proteus_pipeline.stages.project import CLUSTER, MANIFEST, SEQUENCES, Project
@@ -37,7 +37,7 @@ def embed_to_manifest(project: Project, stage: str, target: str, progress: Progr
     outcome = embed_records(project, composed, stage, records, progress)
     write_stage_manifest(project, target, stage, records, outcome)
     model = composed["stages"][stage]["model"]["reference"]
-    project.record(stage, model=model, **summary(outcome), **attributed(composed, records, outcome))
+    project.record(stage, model=model, **summary(outcome), **attributed(project, composed, records, outcome))
     return outcome
 
 
@@ -97,7 +97,7 @@ def engine_of(project: Project, composed: dict[str, Any], stage: str, records: S
             cache["write_back"],
             cache.get("redis"),
         ),
-        lambda: device_class(resolve_device(runtime["device"])) if same_class else "",
+        lambda: project.device_class(runtime["device"]) if same_class else "",
         project.home / CLUSTER,
         {r.sequence: r.id for r in reversed(records)},
     )
@@ -171,11 +171,13 @@ def summary(outcome: Outcome) -> dict[str, Any]:
     return counts | ({"workers": outcome.workers} if outcome.workers else {})
 
 
-def attributed(composed: dict[str, Any], records: Sequence[Record], outcome: Outcome) -> dict[str, Any]:
+def attributed(
+    project: Project, composed: dict[str, Any], records: Sequence[Record], outcome: Outcome
+) -> dict[str, Any]:
     """Return where a stage computed, and why each protein that it computed was not known, as results/run.json has it."""
     if not outcome.computed:
         return {"device_class": None, "gpu_seconds": 0.0, "missed": []}
-    made_on = device_class(resolve_device(composed["runtime"]["device"]))
+    made_on = project.device_class(composed["runtime"]["device"])
     ids = {r.sequence: r.id for r in reversed(records)}
     missed = [
         {

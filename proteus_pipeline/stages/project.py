@@ -41,6 +41,7 @@ CONTACTS = "results/contacts.json"
 REPORT = "results/report.html"
 RUN = "results/run.json"
 CLUSTER = ".proteus/cluster"
+DEVICE = ".proteus/device.json"
 RUN_PAGE = "results/run.html"
 _PACKAGES = (
     "proteus_pipeline", "torch", "numpy", "scikit-learn", "zarr", "numcodecs", "xxhash", "hydra-core", "dvc", "gitpython"
@@ -106,14 +107,13 @@ class Project:
     def cache(self, composed: dict[str, Any]) -> EmbeddingCache:
         """Return the embedding cache that a composed configuration names."""
         from proteus_pipeline.embeddings.cache import EmbeddingCache
-        from proteus_pipeline.models.device import device_class, resolve_device
 
         settings = composed["cache"]
         device = composed["runtime"]["device"]
         return EmbeddingCache(
             self.home / Path(settings["path"]).expanduser(),
             accept=settings["accept"],
-            device_class=lambda: device_class(resolve_device(device)),
+            device_class=lambda: self.device_class(device),
             shared=self.place(settings["shared"]) if settings["shared"] else None,
             max_bytes=settings["max_bytes"],
             policy=settings["policy"],
@@ -121,6 +121,12 @@ class Project:
             local_bytes=settings["local_bytes"],
             write_back=settings["write_back"],
         )
+
+    def device_class(self, wanted: str) -> str:
+        """Return the class of the device that ``runtime.device`` means here."""
+        from proteus_pipeline.models.device import remembered_class
+
+        return remembered_class(wanted, self.home / DEVICE)
 
     def _redis(self, setting: str | None) -> RedisClient | None:
         """Return the Redis of a setting or of the environment: one client of each, which says once that it is gone."""

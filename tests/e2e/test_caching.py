@@ -63,6 +63,14 @@ def test_a_plan_says_what_a_run_would_take(clone: Clone):
     assert "10 sequences, 10 different" in said("cache", "plan", "data/demo100.fasta")[0]
 
 
+def test_stages_of_hits_do_not_wait_for_torch(clone: Clone):
+    program = (
+        "import sys; from proteus_pipeline.cli.main import main; main(sys.argv[1:]); print('torch' in sys.modules)"
+    )
+    for stage in ("embed", "compare", "contacts", "report"):
+        assert clone.run("python", "-c", program, "stage", stage).splitlines()[-1] == "False"
+
+
 def test_pooled_embeddings_follow_from_stored_residues(clone: Clone):
     said("embed", "data/demo100.fasta", "embedding.pooling=per_residue", "embedding.layer=4")[0]
     for pooling in ("mean", "cls", "max"):
