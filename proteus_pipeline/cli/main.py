@@ -188,7 +188,8 @@ def _prepare(args: argparse.Namespace) -> None:
     if getattr(args, "quick", False) and not args.verbose:
         return
     import logging
-    import signal
+
+    from proteus_pipeline.cli.interrupts import take_interrupts
 
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     logging.addLevelName(logging.WARNING, "warning")
@@ -196,8 +197,7 @@ def _prepare(args: argparse.Namespace) -> None:
     if args.verbose or os.environ.get(_VERBOSE):
         os.environ[_VERBOSE] = "1"
         logging.getLogger("proteus_pipeline").setLevel(logging.DEBUG)
-    # A cluster's or a container's stop is an interruption too: what is finished is published before the end.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    take_interrupts()
 
 
 if __name__ == "__main__":
