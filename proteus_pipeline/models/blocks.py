@@ -31,8 +31,8 @@ class Batch:
         The rows that are computed at a time.
     x
         (T, D), the residual.
-    qkv, context
-        (T, 3 D) and (T, D): what attention takes, and what it gives.
+    qkv
+        (T, 3 D): what attention takes; what it gives lies where the queries were.
     angles
         (T, D / 2) complex rotations, by the bytes of the frequencies that a block has.
     kept
@@ -49,11 +49,15 @@ class Batch:
     tiles: list[slice]
     x: torch.Tensor
     qkv: torch.Tensor
-    context: torch.Tensor
     angles: dict[bytes, torch.Tensor]
     kept: dict[int, torch.Tensor] = field(default_factory=dict)
     contacts: dict[int, torch.Tensor] = field(default_factory=dict)
     received: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def context(self) -> torch.Tensor:
+        """(T, D), what attention gives."""
+        return self.qkv[:, : self.x.shape[1]]
 
 
 @dataclass(frozen=True)

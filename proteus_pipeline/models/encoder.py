@@ -155,7 +155,7 @@ def activation_bytes(
 ) -> int:
     """Return about how many bytes a call takes beside the weights and what it returns.
 
-    Of each token under way: the residual, queries, keys and values, context, rotations, a layer that is kept and its copy, 12
+    Of each token under way: the residual, queries, keys and values, rotations, a layer that is kept and its copy, 12
     widths of fp32 in all. Each thread has a batch, one more is done and waits to be taken, and a tile of the feed-forward is
     there three times; and rotary tables may be made for the longest. Measured on widths of 32 to 1,280 and 33 to 4,000
     residues, a call took 0.2 to 1.1 of that.

@@ -200,21 +200,20 @@ class Esm2Encoder:
             tiles,
             x,
             x.new_empty((len(tokens), 3 * a.width), dtype=self._arithmetic.between),
-            x.new_zeros((len(tokens), a.width), dtype=self._arithmetic.between),
             {f: self._table(f, max(lengths))[place] for f in frequencies},
         )  # fmt: skip
 
     def _attend(self, batch: Batch, number: int, outputs: Outputs, crew: Crew) -> None:
         """Fill a batch's context; on the way, take what is wanted of the probabilities of block `number`."""
         rows = batch.rows
+        if outputs.contacts or number in outputs.received:
+            crew.share(partial(self._look, batch, number, outputs), range(len(rows)))
         if not self._together:
             # The longest first: the threads that share them end at about the same time.
             order = sorted(range(len(rows)), key=lambda i: -batch.lengths[i])
             crew.share(lambda i: attend(self.heads, batch.qkv[rows[i]], batch.context[rows[i]]), order)
         else:
             attend_together(self.heads, batch.qkv, batch.context, batch.lengths)
-        if outputs.contacts or number in outputs.received:
-            crew.share(partial(self._look, batch, number, outputs), range(len(rows)))
 
     def _look(self, batch: Batch, number: int, outputs: Outputs, index: int) -> None:
         """Take contacts and received attention of one sequence from block `number`, some heads at a time."""
