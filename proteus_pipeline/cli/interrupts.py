@@ -1,49 +1,99 @@
 """Ctrl-C, and a batch system's stop: an interruption that leaves no lock behind.
 
-Python runs a signal's handler between any two steps of the main thread. Within the two methods by which a ``with`` takes and
-leaves threading's Condition, an exception would leave its lock taken for ever, and the process with whoever waits for it: a
-pool's threads, at its end. Futures, queues and events are made of Conditions.
+Python runs a signal's handler between any two steps of the main thread. Where those are of the methods by which futures, queues,
+events and logging take and leave their locks, an exception would leave one taken for ever, and the process with whoever waits
+for it: a pool's threads, at its end.
 """
 
 from __future__ import annotations
 
+import logging
 import signal
 import threading
-from types import FrameType
+from collections.abc import Iterator
+from concurrent.futures import _base
+from contextlib import contextmanager
+from types import CodeType, FrameType
+from typing import Any
 
-# Too early, it is tried again after so many seconds, and so many times: of a plain lock nobody can say whose it is.
+# Too early, it is tried again after so many seconds; and so many times: who waits for a lock that long may wait for ever.
 _AGAIN_S, _MOST = 0.002, 500
-_CHANGING = {threading.Condition.__enter__.__code__, threading.Condition.__exit__.__code__}
+
+
+def _codes(*functions: Any) -> set[CodeType]:
+    return {function.__code__ for function in functions}
+
+
+_CONDITION: Any = threading.Condition  # some of these methods have no public name
+_FUTURES: Any = _base
+# A `with` takes or leaves a Condition's lock.
+_TAKING = _codes(_CONDITION.__enter__, _CONDITION.__exit__)
+# Some locks, and not others; a lock that is let go for a wait; an RLock's two methods are C, and whole.
+_CHANGING = _codes(
+    _FUTURES._AcquireFutures.__enter__,  # noqa: SLF001
+    _FUTURES._AcquireFutures.__exit__,  # noqa: SLF001
+    _CONDITION._release_save,  # noqa: SLF001
+    _CONDITION._acquire_restore,  # noqa: SLF001
+    logging.Handler.acquire,
+    logging.Handler.release,
+)
+_WAITING = _codes(_CONDITION.wait)
 
 
 class _Interrupt:
-    """Raises KeyboardInterrupt in the main thread, as soon as that leaves no lock behind."""
+    """Raises KeyboardInterrupt in the main thread, once for each signal, as soon as that leaves no lock behind."""
 
     def __init__(self) -> None:
-        self._left = _MOST
+        self._tries = 0
 
-    def __call__(self, _: int, frame: FrameType | None) -> None:
-        if self._left > 0 and frame is not None and frame.f_code in _CHANGING and _is_taken(frame.f_locals.get("self")):
-            self._left -= 1
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGALRM and not self._tries:
+            return  # what it was to try again has been raised
+        if frame is not None and self._tries < _MOST and _leaves_a_lock(frame):
+            self._tries += 1
             signal.setitimer(signal.ITIMER_REAL, _AGAIN_S)
             return
-        self._left = _MOST
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        self._tries = 0
         raise KeyboardInterrupt
 
 
-def _is_taken(condition: object) -> bool:
-    """Say whether a condition's lock is this thread's; of a plain one, which belongs to nobody, whether it is anybody's."""
-    return not isinstance(condition, threading.Condition) or condition._is_owned()  # type: ignore[attr-defined]  # noqa: SLF001
+def _leaves_a_lock(frame: FrameType) -> bool:
+    code = frame.f_code
+    if code in _TAKING:
+        lock = getattr(frame.f_locals.get("self"), "_lock", None)
+        # Of a plain lock nobody can say whose it is.
+        taken = getattr(lock, "_is_owned", None) or getattr(lock, "locked", None)
+        return taken is None or bool(taken())
+    if code in _WAITING:
+        return (
+            "waiter" in frame.f_locals and "gotit" not in frame.f_locals
+        )  # its lock is let go, and would not be taken again
+    return code in _CHANGING or code in _OWN
 
 
-def take_interrupts() -> None:
-    """Have SIGINT and SIGTERM raise KeyboardInterrupt in the main thread; a SIGINT that is ignored stays so.
+# A second signal, while it is looked where the first one came.
+_OWN = _codes(_Interrupt.__call__, _leaves_a_lock)
 
-    SIGALRM serves to try again.
+
+@contextmanager
+def interruptions() -> Iterator[None]:
+    """Have SIGINT and SIGTERM raise KeyboardInterrupt in the main thread, in the body; a SIGINT that is ignored stays so.
+
+    SIGALRM serves to try again. In another thread, which may not say what a signal does, nothing changes.
     """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     interrupt = _Interrupt()
-    signal.signal(signal.SIGALRM, interrupt)
-    # A cluster's or a container's stop is an interruption too: what is finished is published before the end.
-    signal.signal(signal.SIGTERM, interrupt)
+    signals = [signal.SIGALRM, signal.SIGTERM]  # a cluster's or a container's stop is an interruption too
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, interrupt)
+        signals.append(signal.SIGINT)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
+    before = {number: signal.signal(number, interrupt) for number in signals}
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)

@@ -15,6 +15,7 @@ from proteus_pipeline.errors import ProteusError
 TYPE_CHECKING = False  # typing takes 5 ms to import, a tenth of what a quick command may take
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from pathlib import Path
 
 _EPILOG = """\
 examples:
@@ -160,19 +161,32 @@ def _run(args: argparse.Namespace) -> int:
     """Run a command; what one that may work for long counts, and how it ended, is kept for ``proteus monitor``."""
     from proteus_pipeline.registry.places import project_root
 
-    code: int
-    root = None if getattr(args, "quick", False) else project_root()
-    _prepare(args)
-    if root is None:
-        code = args.run(args)
-        return code
+    quick = getattr(args, "quick", False)
+    root = None if quick else project_root()
+    if args.quiet:
+        os.environ[_QUIET] = "1"
+    if quick and not args.verbose:
+        return _code(args)
+    _speak(args)
+    from proteus_pipeline.cli.interrupts import interruptions
+
+    with interruptions():
+        return _counted(args, root) if root else _code(args)
+
+
+def _code(args: argparse.Namespace) -> int:
+    code: int = args.run(args)
+    return code
+
+
+def _counted(args: argparse.Namespace, root: Path) -> int:
     from proteus_pipeline.metrics.catalogue import CODES
     from proteus_pipeline.registry.home import private_folder
     from proteus_pipeline.stores.counts import FOLDER, count, counting
 
     with counting(lambda: private_folder(root) / FOLDER):
         try:
-            code = args.run(args)
+            code = _code(args)
         except ProteusError as error:
             count("proteus_command_errors_total", code=str(error.exit_code))
             raise
@@ -181,15 +195,9 @@ def _run(args: argparse.Namespace) -> int:
     return code
 
 
-def _prepare(args: argparse.Namespace) -> None:
-    """Set up what a command that may work for long needs."""
-    if args.quiet:
-        os.environ[_QUIET] = "1"
-    if getattr(args, "quick", False) and not args.verbose:
-        return
+def _speak(args: argparse.Namespace) -> None:
+    """Have warnings on stderr, and what is done besides where that was asked for."""
     import logging
-
-    from proteus_pipeline.cli.interrupts import take_interrupts
 
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     logging.addLevelName(logging.WARNING, "warning")
@@ -197,7 +205,6 @@ def _prepare(args: argparse.Namespace) -> None:
     if args.verbose or os.environ.get(_VERBOSE):
         os.environ[_VERBOSE] = "1"
         logging.getLogger("proteus_pipeline").setLevel(logging.DEBUG)
-    take_interrupts()
 
 
 if __name__ == "__main__":

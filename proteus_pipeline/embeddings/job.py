@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -189,7 +189,7 @@ class Job:
                     future.result()
                 self._publish_all(lots, done)
             except BaseException as error:
-                self._keep(flying, lots, done, error)
+                self._keep(publisher, lots, done, error)
                 raise
             finally:
                 for lot in lots:
@@ -218,12 +218,12 @@ class Job:
                 yield from _giving_back(compute(self.encoder, self.recipe, left, self.token_budget))
 
     def _keep(
-        self, flying: Iterable[Future[None]], lots: list[_Lot], done: dict[str, Embedded], error: BaseException
+        self, publisher: ThreadPoolExecutor, lots: list[_Lot], done: dict[str, Embedded], error: BaseException
     ) -> None:
         """Publish what is finished, after Ctrl-C or an error, in publishing too. An entry published twice does no harm."""
         self.hot = None  # who has pressed Ctrl-C waits for the disk alone
         try:
-            wait(list(flying))
+            publisher.shutdown()  # what is under way ends, also where the interruption came before anybody noted it
         finally:
             try:
                 self._publish_all(lots, done)

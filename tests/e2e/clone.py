@@ -7,11 +7,14 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 import yaml
@@ -123,6 +126,18 @@ class Clone:
     def out(self, stage: str, path: str) -> str:
         """An output's md5 in dvc.lock."""
         return next(o["md5"] for o in self.lock()[stage]["outs"] if o["path"] == path)
+
+
+def rest_of(process: subprocess.Popen[str], stream: IO[str]) -> str:
+    """Return what a process still says; where that takes two minutes, it and its group are killed: one that was told to stop hung."""
+    group = os.getpgid(process.pid) == process.pid
+    late = threading.Timer(120, partial(os.killpg if group else os.kill, process.pid, signal.SIGKILL))
+    late.daemon = True
+    late.start()
+    try:
+        return stream.read()
+    finally:
+        late.cancel()
 
 
 def said(*command: str, code: int = 0) -> tuple[str, str]:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from clone import Clone
+from clone import Clone, rest_of
 from conftest import ROOT
 from slurm import missing, slurm
 
@@ -105,7 +105,7 @@ def test_a_task_that_is_told_to_end_publishes_first(clone: Clone):
     assert "100 to compute" in task.stderr.readline()
     wait_until(lambda: being_written(clone))
     task.send_signal(signal.SIGTERM)
-    said = task.stderr.read()
+    said = rest_of(task, task.stderr)
     assert task.wait(timeout=60) == 130, said
     assert said == "proteus: interrupted; what was finished is kept, run it again to go on\n"
     published = len(stored(clone)) - before
