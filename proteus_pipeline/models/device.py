@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 _MEASURED_S = 0.5
 _FORMAT = 1
-# What drivers of NVIDIA, AMD and WSL make: without any, a CPU is all that torch will find.
-_GPU_NODES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
+# By these a GPU is known before torch is asked: NVIDIA's driver, its boards, AMD's and WSL's.
+_GPU_SIGNS = ("/proc/driver/nvidia", "/dev/nvidiactl", "/dev/nvmap", "/dev/nvhost-ctrl-gpu", "/dev/kfd", "/dev/dxg")
 
 
 def resolve_device(wanted: str) -> str:
@@ -72,7 +72,7 @@ def remembered_class(wanted: str, memory: Path) -> str:
     wanted
         As for `resolve_device`.
     memory
-        The file that remembers, for the same torch on the same CPU with the same environment.
+        The file that remembers the answer to that, for the same torch on the same CPU with the same environment.
 
     Raises
     ------
@@ -80,10 +80,9 @@ def remembered_class(wanted: str, memory: Path) -> str:
         As `resolve_device`.
 
     """
-    gpu = wanted != "cpu" and (wanted != "auto" or any(Path(node).exists() for node in _GPU_NODES))
-    if gpu:
+    facts = None if wanted != "cpu" and any(Path(sign).exists() for sign in _GPU_SIGNS) else _cpu_facts(wanted)
+    if facts is None:
         return device_class(resolve_device(wanted))
-    facts = _cpu_facts()
     known = _recalled(memory, facts)
     if known is not None and "torch" not in sys.modules:
         return known
@@ -94,17 +93,27 @@ def remembered_class(wanted: str, memory: Path) -> str:
     return found
 
 
-def _cpu_facts() -> list[str | None]:
-    """Return what a CPU's class follows from: torch's build, what it is told, and the instructions that are there."""
-    told = os.environ.get("ATEN_CPU_CAPABILITY")
-    flags = next((line for line in _cpuinfo() if line.startswith(("flags", "Features"))), "")
-    return [metadata.version("torch"), told, platform.machine(), _cpu_vendor(), " ".join(flags.split())]
+def _cpu_facts(wanted: str) -> dict[str, str | None] | None:
+    """Return what a CPU's class follows from: what was asked, torch's build, what it is told, and the instructions there.
+
+    None where that is not all: an Arm's class follows from its vectors' length too, and a system may not list instructions.
+    """
+    flags = next((line for line in _cpuinfo() if line.startswith("flags")), None)
+    if flags is None or platform.machine() != "x86_64":
+        return None
+    return {
+        "wanted": wanted,
+        "torch": metadata.version("torch"),
+        "told": os.environ.get("ATEN_CPU_CAPABILITY"),
+        "vendor": _cpu_vendor(),
+        "flags": " ".join(flags.split()),
+    }
 
 
-def _recalled(memory: Path, facts: list[str | None]) -> str | None:
+def _recalled(memory: Path, facts: dict[str, str | None]) -> str | None:
     try:
         value = json.loads(memory.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     if not isinstance(value, dict) or (value.get("format"), value.get("facts")) != (_FORMAT, facts):
         return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import metadata
@@ -125,7 +126,10 @@ class Project:
     def device_class(self, wanted: str) -> str:
         """Return the class of the device that ``runtime.device`` means here."""
         from proteus_pipeline.models.device import remembered_class
+        from proteus_pipeline.registry.home import private_folder
 
+        with suppress(StorageError):  # it keeps itself out of git; what can't be kept there is asked again
+            private_folder(self.home)
         return remembered_class(wanted, self.home / DEVICE)
 
     def _redis(self, setting: str | None) -> RedisClient | None:
