@@ -16,8 +16,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -249,6 +248,7 @@ def _local(options: ClusterOptions) -> Iterator[tuple[Any, Security]]:
     with (
         tempfile.TemporaryDirectory(prefix="proteus-dask-", ignore_cleanup_errors=True) as scratch,
         dask.config.set(_OF_ONE_RUN),
+        _environment_kept(dask.config.get("distributed.nanny.pre-spawn-environ") or ()),
         _started(
             LocalCluster,
             n_workers=options.workers,
@@ -263,6 +263,20 @@ def _local(options: ClusterOptions) -> Iterator[tuple[Any, Security]]:
         ) as cluster,
     ):
         yield cluster, security
+
+
+@contextmanager
+def _environment_kept(names: Iterable[str]) -> Iterator[None]:
+    """Give variables back as they were: Dask sets here, and leaves, that what is started computes with one thread."""
+    before = {name: os.environ.get(name) for name in names}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 _NO_PAGES = "127.0.0.1:0"  # Dask's web pages can't be left out, only be empty
@@ -319,20 +333,15 @@ def _slurm(options: ClusterOptions, folder: Path) -> Iterator[tuple[Any, Securit
 
 
 def _slurm_class() -> Any:
-    """Import dask-jobqueue's cluster and keep what Ctrl-C does: 0.9.0 sets on import that it exits, with 0 (its issue 696).
-
-    Python lets only the main thread set what a signal does, and that import fails elsewhere.
-    """
-    here = threading.current_thread() is threading.main_thread()
-    if not here and "dask_jobqueue" not in sys.modules:
-        raise ConfigError(
-            "cluster.kind=slurm can't be used first from another thread than the main one",
-            "import dask_jobqueue in the main thread before, or call this there",
-        )
+    """Import dask-jobqueue's cluster and keep what Ctrl-C does: 0.9.0 sets on import that it exits, with 0 (its issue 696)."""
     before = signal.getsignal(signal.SIGINT)
-    from dask_jobqueue import SLURMCluster
-
-    if here and before is not None:  # None: not Python's, and not to be set from here
+    try:
+        from dask_jobqueue import SLURMCluster
+    except ValueError as error:  # only the main thread may set that
+        raise ConfigError(
+            "cluster.kind=slurm can't be used first in another thread than the main one", "call this in the main thread"
+        ) from error
+    if before is not None and signal.getsignal(signal.SIGINT) is not before:
         signal.signal(signal.SIGINT, before)
     return SLURMCluster
 

@@ -125,7 +125,7 @@ thread.join()
 
 @pytest.mark.parametrize(
     ("program", "said"),
-    [(INTERRUPTED, "interrupted"), (FROM_A_THREAD, "import dask_jobqueue in the main thread")],
+    [(INTERRUPTED, "interrupted"), (FROM_A_THREAD, "call this in the main thread")],
     ids=["interrupted", "from a thread"],
 )
 def test_ctrl_c_stays_what_it_was_where_dask_jobqueue_is_imported(program: str, said: str, tmp_path: Path):

@@ -105,8 +105,11 @@ def check_all_there_none_twice(bench: Bench, alone: dict[str, str]) -> None:
 
 
 def test_workers_give_the_bits_that_this_process_gives(
-    bench: Bench, alone: dict[str, str], capfd: pytest.CaptureFixture[str]
+    bench: Bench, alone: dict[str, str], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
+    # Dask would leave its own: what is started later would compute with one thread.
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setenv("MKL_NUM_THREADS", "2")
     refused: list[str] = []
 
     def knock() -> None:
@@ -127,6 +130,7 @@ def test_workers_give_the_bits_that_this_process_gives(
     assert again.entries == outcome.entries
     assert not worker_processes()
     assert capfd.readouterr() == ("", "")  # Dask itself says nothing
+    assert (os.environ.get("OMP_NUM_THREADS"), os.environ["MKL_NUM_THREADS"]) == (None, "2")
 
 
 def test_workers_offer_to_redis_write_back_to_a_bucket_and_count_as_this_process_does(
