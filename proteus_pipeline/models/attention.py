@@ -34,7 +34,7 @@ class Heads:
 
 
 def attend(heads: Heads, qkv: torch.Tensor, out: torch.Tensor) -> None:
-    """Write one sequence's attention: of (L, 3 D) rows to (L, D) ones."""
+    """Write one sequence's attention: of (L, 3 D) rows to (L, D) ones, which may be the queries' own."""
     import torch
 
     q, k, v = (t.unsqueeze(0) for t in heads.split(qkv))
@@ -43,7 +43,7 @@ def attend(heads: Heads, qkv: torch.Tensor, out: torch.Tensor) -> None:
 
 
 def attend_together(heads: Heads, qkv: torch.Tensor, out: torch.Tensor, lengths: Sequence[int]) -> None:
-    """Write the attention of all sequences of a pack by torch's own kernel for that, which takes 16 bits on a GPU."""
+    """As `attend`, of all sequences of a pack, by torch's own kernel for that, which takes 16 bits on a GPU."""
     import torch
     from torch.nn.attention.varlen import varlen_attn
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 # Part of every embedding key: raised only when an encoder's golden bits change, or may have on a CPU that was not at hand.
-ENGINE_REVISION = 4
+ENGINE_REVISION = 5
 PRECISIONS = ("fp32", "mixed", "bf16")
 NUMERICS = ("strict", "tolerant")
 # Rows of a tile: 256 waste little on short jobs, and a tile of 8M's widest matrix is 1.3 MB. A sequence that fits in fewer
@@ -155,10 +155,10 @@ def activation_bytes(
 ) -> int:
     """Return about how many bytes a call takes beside the weights and what it returns.
 
-    Of each token under way: the residual, queries, keys and values, rotations, a layer that is kept and its copy, 12
-    widths of fp32 in all. Each thread has a batch, one more is done and waits to be taken, and a tile of the feed-forward is
-    there three times; and rotary tables may be made for the longest. Measured on widths of 32 to 1,280 and 33 to 4,000
-    residues, a call took 0.2 to 1.1 of that.
+    Of each token under way: the residual, queries, keys and values, rotations, a layer that is kept and its copy: 12 widths of
+    fp32 are counted for these 7. Each thread has a batch, one more is done and waits to be taken, and a tile of the
+    feed-forward is there three times; and rotary tables may be made for the longest. Measured on widths of 32 to 1,280 and 33
+    to 4,000 residues, a call took 0.2 to 1.1 of that.
 
     Parameters
     ----------

@@ -206,7 +206,7 @@ class Esm2Encoder:
     def _attend(self, batch: Batch, number: int, outputs: Outputs, crew: Crew) -> None:
         """Fill a batch's context; on the way, take what is wanted of the probabilities of block `number`."""
         rows = batch.rows
-        if outputs.contacts or number in outputs.received:
+        if outputs.contacts or number in outputs.received:  # first: the context takes the queries' place
             crew.share(partial(self._look, batch, number, outputs), range(len(rows)))
         if not self._together:
             # The longest first: the threads that share them end at about the same time.
