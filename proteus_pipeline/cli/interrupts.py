@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import signal
 import threading
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import _base
 from contextlib import contextmanager
@@ -36,18 +37,23 @@ _CHANGING = _codes(
     _CONDITION._acquire_restore,  # noqa: SLF001
     logging.Handler.acquire,
     logging.Handler.release,
+    # Of Python 3.11 and 3.12.
+    *(f for f in (getattr(logging, name, None) for name in ("_acquireLock", "_releaseLock")) if f),
 )
 _WAITING = _codes(_CONDITION.wait)
+# What is raised while an object goes is printed, and lost.
+_LOSING = _codes(weakref.finalize.__call__)
 
 
 class _Interrupt:
-    """Raises KeyboardInterrupt in the main thread, once for each signal, as soon as that leaves no lock behind."""
+    """Raises KeyboardInterrupt in the main thread as soon as that leaves no lock behind, once for signals that come together."""
 
     def __init__(self) -> None:
         self._tries = 0
+        self.over = False
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGALRM and not self._tries:
+        if self.over or (number == signal.SIGALRM and not self._tries):
             return  # what it was to try again has been raised
         if frame is not None and self._tries < _MOST and _leaves_a_lock(frame):
             self._tries += 1
@@ -59,7 +65,11 @@ class _Interrupt:
 
 
 def _leaves_a_lock(frame: FrameType) -> bool:
-    code = frame.f_code
+    code, outer = frame.f_code, frame.f_back
+    while outer is not None:
+        if outer.f_code in _LOSING:
+            return True
+        outer = outer.f_back
     if code in _TAKING:
         lock = getattr(frame.f_locals.get("self"), "_lock", None)
         # Of a plain lock nobody can say whose it is.
@@ -69,7 +79,7 @@ def _leaves_a_lock(frame: FrameType) -> bool:
         return (
             "waiter" in frame.f_locals and "gotit" not in frame.f_locals
         )  # its lock is let go, and would not be taken again
-    return code in _CHANGING or code in _OWN
+    return code in _CHANGING or code in _OWN or code in _LOSING
 
 
 # A second signal, while it is looked where the first one came.
@@ -86,14 +96,18 @@ def interruptions() -> Iterator[None]:
         yield
         return
     interrupt = _Interrupt()
-    signals = [signal.SIGALRM, signal.SIGTERM]  # a cluster's or a container's stop is an interruption too
+    signals: list[int] = [signal.SIGALRM, signal.SIGTERM]  # a cluster's or a container's stop is an interruption too
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signals.append(signal.SIGINT)
+    before: dict[int, Any] = {}
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
-    before = {number: signal.signal(number, interrupt) for number in signals}
     try:
+        for number in signals:
+            before[number] = signal.getsignal(number)
+            signal.signal(number, interrupt)
         yield
     finally:
+        interrupt.over = True  # or one that comes now would leave handlers behind: what was asked for is done
         signal.setitimer(signal.ITIMER_REAL, 0)
-        for number, handler in before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        for changed, handler in before.items():
+            signal.signal(changed, signal.SIG_DFL if handler is None else handler)

@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -248,7 +249,7 @@ def _local(options: ClusterOptions) -> Iterator[tuple[Any, Security]]:
     with (
         tempfile.TemporaryDirectory(prefix="proteus-dask-", ignore_cleanup_errors=True) as scratch,
         dask.config.set(_OF_ONE_RUN),
-        _environment_kept(dask.config.get("distributed.nanny.pre-spawn-environ") or ()),
+        _environment_kept([*(dask.config.get("distributed.nanny.pre-spawn-environ") or ()), "PYTHONHASHSEED"]),
         _started(
             LocalCluster,
             n_workers=options.workers,
@@ -337,7 +338,9 @@ def _slurm_class() -> Any:
     before = signal.getsignal(signal.SIGINT)
     try:
         from dask_jobqueue import SLURMCluster
-    except ValueError as error:  # only the main thread may set that
+    except ValueError as error:
+        if threading.current_thread() is threading.main_thread():
+            raise
         raise ConfigError(
             "cluster.kind=slurm can't be used first in another thread than the main one", "call this in the main thread"
         ) from error

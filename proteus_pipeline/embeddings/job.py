@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -47,7 +48,8 @@ _log = logging.getLogger(__name__)
 class _Lot:
     """A segment in the making: noted by the thread that computes, written and published by another.
 
-    What is noted is in one place until it is written, so that Ctrl-C never finds an entry half noted.
+    What is noted is in one place until it is written, so that Ctrl-C never finds an entry half noted. Who writes has the lock: after
+    a second Ctrl-C nobody may have waited for the other thread.
     """
 
     waiting: deque[Computed] = field(default_factory=deque)
@@ -59,6 +61,8 @@ class _Lot:
     keys: list[str] = field(default_factory=list)
     offered: list[Offered] = field(default_factory=list)
     published: bool = False
+    closed: bool = False
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
     def note(self, computed: Computed) -> None:
         self.noted_bytes += computed.array.nbytes
@@ -66,8 +70,10 @@ class _Lot:
 
     def close(self) -> None:
         """Leave nothing behind of a segment that was not published."""
-        if self.publication:
-            self.publication.discard()
+        with self.lock:
+            self.closed = True
+            if self.publication:
+                self.publication.discard()
 
     @property
     def backlog(self) -> int:
@@ -223,7 +229,7 @@ class Job:
         """Publish what is finished, after Ctrl-C or an error, in publishing too. An entry published twice does no harm."""
         self.hot = None  # who has pressed Ctrl-C waits for the disk alone
         try:
-            publisher.shutdown()  # what is under way ends, also where the interruption came before anybody noted it
+            publisher.shutdown()
         finally:
             try:
                 self._publish_all(lots, done)
@@ -232,8 +238,7 @@ class Job:
 
     def _publish_all(self, lots: list[_Lot], done: dict[str, Embedded]) -> None:
         for lot in lots:
-            if not lot.published:
-                self._publish(lot, done)
+            self._publish(lot, done)
 
     def _flops(self, length: int) -> float:
         spans = windows(length, self.recipe.window, self.recipe.overlap)
@@ -241,7 +246,11 @@ class Job:
 
     def _write(self, lot: _Lot, done: dict[str, Embedded]) -> None:
         """Write what is noted to the lot's segment."""
-        while lot.waiting:
+        with lot.lock:
+            self._write_noted(lot, done)
+
+    def _write_noted(self, lot: _Lot, done: dict[str, Embedded]) -> None:
+        while lot.waiting and not lot.closed:
             computed = lot.waiting[0]
             if lot.publication is None:
                 lot.publication = self.cache.begin(self.trunk, self.recipe)
@@ -255,13 +264,17 @@ class Job:
             lot.waiting.popleft()
 
     def _publish(self, lot: _Lot, done: dict[str, Embedded]) -> None:
-        self._write(lot, done)
-        if lot.publication is None:
-            return
-        device_class, torch_version = self.attested
-        seconds = round(time.perf_counter() - lot.since, 6)
-        header = lot.publication.publish(Attestation(device_class, torch_version, now(), seconds, lot.tokens))
-        lot.published = True
+        """Write what is noted, and publish it; at most once."""
+        with lot.lock:
+            if lot.published or lot.closed:
+                return
+            self._write_noted(lot, done)
+            if lot.publication is None:
+                return
+            device_class, torch_version = self.attested
+            seconds = round(time.perf_counter() - lot.since, 6)
+            header = lot.publication.publish(Attestation(device_class, torch_version, now(), seconds, lot.tokens))
+            lot.published = True
         count("proteus_embedding_tokens_total", lot.tokens)
         count("proteus_embedding_compute_seconds", seconds)
         self.lease.release(lot.keys)

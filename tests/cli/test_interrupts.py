@@ -9,7 +9,7 @@ import sys
 import pytest
 
 COMMON = """
-import functools, logging, operator, os, queue, random, signal, sys, threading, time
+import functools, logging, operator, os, queue, random, signal, sys, threading, time, weakref
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from proteus_pipeline.cli.interrupts import interruptions
@@ -19,7 +19,7 @@ def interrupt(number=signal.SIGINT):
 
 def then(*functions):
     # Call them, once, and return what is true of it. All of that is C: whoever calls it is the frame that a handler sees.
-    return functools.partial(max, map(operator.call, functions), key=bool)
+    return functools.partial(max, map(operator.call, functions), key=bool, default=True)
 
 stop = functools.partial(os.kill, os.getpid(), signal.SIGINT)
 
@@ -89,8 +89,9 @@ with handlers:
         def later():
             time.sleep(random.uniform(1e-4, 2e-3))
             interrupt(number)
+        stopper = threading.Thread(target=later, daemon=True)  # kept: what is raised while it goes would be lost
         try:
-            threading.Thread(target=later, daemon=True).start()
+            stopper.start()
             while True:
                 mine()
         except KeyboardInterrupt:
@@ -147,6 +148,30 @@ handler.lock = Lock
 def use():
     handler.handle(logging.makeLogRecord({}))
 """,
+    "logging's own lock is taken": """
+lock = logging._lock
+class Lock:
+    acquire, release = staticmethod(then(lock.acquire, stop)), staticmethod(lock.release)
+def use():
+    logging._lock = Lock
+    logging.getLogger("any")
+    logging._lock = lock
+    time.sleep(0.5)
+""",
+    "an object goes": """
+lock = threading.Lock()
+class Thing:
+    pass
+def gone():
+    lock.acquire()
+    stop()
+    lock.release()
+def use():
+    thing = Thing()
+    weakref.finalize(thing, gone)
+    del thing
+    time.sleep(0.5)
+""",
     "two signals come": """
 condition = threading.Condition()
 class Lock:
@@ -181,9 +206,9 @@ def test_who_waits_for_ever_is_interrupted_all_the_same():
     program = """
 condition = threading.Condition(threading.Lock())
 condition.acquire()  # nobody lets go
-threading.Timer(0.2, interrupt).start()
 with interruptions():
     try:
+        threading.Timer(0.2, interrupt).start()
         with condition:
             pass
     except KeyboardInterrupt:
@@ -220,7 +245,6 @@ thread.join()
 def test_a_command_has_it():
     program = """
 from proteus_pipeline.cli import main
-made = main._code
 def seen(args):
     print(type(signal.getsignal(signal.SIGINT)).__name__, type(signal.getsignal(signal.SIGTERM)).__name__)
     return 0

@@ -110,6 +110,7 @@ def test_workers_give_the_bits_that_this_process_gives(
     # Dask would leave its own: what is started later would compute with one thread.
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setenv("MKL_NUM_THREADS", "2")
+    before = os.environ.get("PYTHONHASHSEED")
     refused: list[str] = []
 
     def knock() -> None:
@@ -131,6 +132,7 @@ def test_workers_give_the_bits_that_this_process_gives(
     assert not worker_processes()
     assert capfd.readouterr() == ("", "")  # Dask itself says nothing
     assert (os.environ.get("OMP_NUM_THREADS"), os.environ["MKL_NUM_THREADS"]) == (None, "2")
+    assert os.environ.get("PYTHONHASHSEED") == before
 
 
 def test_workers_offer_to_redis_write_back_to_a_bucket_and_count_as_this_process_does(
