@@ -65,21 +65,21 @@ class _Interrupt:
 
 
 def _leaves_a_lock(frame: FrameType) -> bool:
-    code, outer = frame.f_code, frame.f_back
-    while outer is not None:
-        if outer.f_code in _LOSING:
+    around: FrameType | None = frame
+    while around is not None:
+        if around.f_code in _LOSING:
             return True
-        outer = outer.f_back
+        around = around.f_back
+    code = frame.f_code
     if code in _TAKING:
         lock = getattr(frame.f_locals.get("self"), "_lock", None)
         # Of a plain lock nobody can say whose it is.
         taken = getattr(lock, "_is_owned", None) or getattr(lock, "locked", None)
         return taken is None or bool(taken())
     if code in _WAITING:
-        return (
-            "waiter" in frame.f_locals and "gotit" not in frame.f_locals
-        )  # its lock is let go, and would not be taken again
-    return code in _CHANGING or code in _OWN or code in _LOSING
+        # Its lock is let go, and would not be taken again.
+        return "waiter" in frame.f_locals and "gotit" not in frame.f_locals
+    return code in _CHANGING or code in _OWN
 
 
 # A second signal, while it is looked where the first one came.

@@ -80,7 +80,7 @@ def remembered_class(wanted: str, memory: Path) -> str:
         As `resolve_device`.
 
     """
-    facts = None if wanted != "cpu" and any(Path(sign).exists() for sign in _GPU_SIGNS) else _cpu_facts(wanted)
+    facts = _facts(wanted)
     if facts is None:
         return device_class(resolve_device(wanted))
     known = _recalled(memory, facts)
@@ -93,11 +93,14 @@ def remembered_class(wanted: str, memory: Path) -> str:
     return found
 
 
-def _cpu_facts(wanted: str) -> dict[str, str | None] | None:
+def _facts(wanted: str) -> dict[str, str | None] | None:
     """Return what a CPU's class follows from: what was asked, torch's build, what it is told, and the instructions there.
 
-    None where that is not all: an Arm's class follows from its vectors' length too, and a system may not list instructions.
+    None where that is not all: where there may be a GPU, on an Arm, whose class follows from its vectors' length too, and where a
+    system does not list instructions.
     """
+    if wanted != "cpu" and any(Path(sign).exists() for sign in _GPU_SIGNS):
+        return None
     flags = next((line for line in _cpuinfo() if line.startswith("flags")), None)
     if flags is None or platform.machine() != "x86_64":
         return None

@@ -10,7 +10,7 @@ import pytest
 
 COMMON = """
 import functools, logging, operator, os, queue, random, signal, sys, threading, time, weakref
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from contextlib import nullcontext
 from proteus_pipeline.cli.interrupts import interruptions
 

@@ -13,7 +13,7 @@ from proteus_pipeline.errors import ConfigError
 from proteus_pipeline.models import device
 from proteus_pipeline.models.device import device_class, remembered_class
 
-pytestmark = pytest.mark.skipif(device._cpu_facts("auto") is None, reason="here torch is asked each time")
+pytestmark = pytest.mark.skipif(device._facts("cpu") is None, reason="here torch is asked each time")
 ASK = """
 import sys
 from pathlib import Path
