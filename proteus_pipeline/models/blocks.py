@@ -8,15 +8,17 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from proteus_pipeline.models.attention import Heads
+from proteus_pipeline.models.checkpoint import FilesInUse
 from proteus_pipeline.models.device import has_bf16, matmul_rate
 from proteus_pipeline.models.encoder import CPU_TILES, GPU_TILE
-from proteus_pipeline.models.products import Bf16Product, Fp32Product, PackedBf16Product, Product, can_pack
+from proteus_pipeline.models.products import Bf16Product, Fp32Product, PackedBf16Product, Product, can_pack, joined
 from proteus_pipeline.models.workers import Steps
 
 if TYPE_CHECKING:
     import torch
 
     from proteus_pipeline.models.architecture import Architecture
+    from proteus_pipeline.models.checkpoint import Tensors
 
 
 @dataclass
@@ -91,6 +93,8 @@ class Arithmetic:
         An architecture's heads, in the dtype that attention is computed in.
     tiles
         How many rows tiles have, the fewest first: in strict numerics a sequence lies in those that its own length asks for.
+    in_use
+        Files whose weights are multiplied with as they lie.
 
     """
 
@@ -99,6 +103,7 @@ class Arithmetic:
 
         self.architecture = architecture
         self.device = device
+        self.in_use = FilesInUse()
         self._precision = precision
         self._on_cpu = device == "cpu"
         self._native = not self._on_cpu or has_bf16()
@@ -115,11 +120,20 @@ class Arithmetic:
         """Return a layer norm by its name."""
         import torch
 
-        # Copies, here and in the products: a mapped file's pages can be let go, and tensors begin at an aligned address.
+        # Copies, here and of what is joined: a mapped file's pages can be let go, and tensors begin at an aligned address.
         weight, bias = (
             tensors[f"{name}.{part}"].to(self.device, torch.float32, copy=True) for part in ("weight", "bias")
         )
         return Norm(weight, bias, float(self.architecture.layer_norm_eps))
+
+    def dense(self, tensors: Tensors, name: str, *, exact: bool = False, gelu: bool = False) -> Product:
+        """Return the product with the weight and bias of that name, as `product` does: with the weight where it lies, if it may."""
+        weight, bias = f"{name}.weight", f"{name}.bias"
+        if self._on_cpu and self._is_fp32(exact=exact):
+            lying = tensors.in_place(weight, self.in_use)
+            if lying is not None:
+                return Fp32Product(lying, tensors[bias].float(), gelu=gelu)
+        return self.product([tensors[weight]], [tensors[bias]], exact=exact, gelu=gelu)
 
     def product(
         self, weight: Iterable[torch.Tensor], bias: Iterable[torch.Tensor], *, exact: bool = False, gelu: bool = False
@@ -131,13 +145,15 @@ class Arithmetic:
         import torch
 
         offset = torch.cat([t.to(self.device, torch.float32).reshape(-1) for t in bias])
-        pieces = (t.to(self.device, torch.float32) for t in weight)
-        if self._precision == "fp32" or (exact and self._precision == "mixed" and self._on_cpu):
-            return Fp32Product(pieces, offset, gelu=gelu)
-        joined = torch.cat([t.reshape(-1, t.shape[-1]) for t in pieces])
+        whole = joined((t.to(self.device, torch.float32) for t in weight), len(offset))
+        if self._is_fp32(exact=exact):
+            return Fp32Product(whole, offset, gelu=gelu)
         if self._on_cpu and self._native and can_pack():
-            return PackedBf16Product(joined, offset, self.tiles[-1], gelu=gelu)
-        return Bf16Product(joined, offset, native=self._native, gelu=gelu)
+            return PackedBf16Product(whole, offset, self.tiles[-1], gelu=gelu)
+        return Bf16Product(whole, offset, native=self._native, gelu=gelu)
+
+    def _is_fp32(self, *, exact: bool) -> bool:
+        return self._precision == "fp32" or (exact and self._precision == "mixed" and self._on_cpu)
 
     def peak(self) -> float:
         """Return the rate of one large matrix product here and now, in this precision, FLOP/s."""
@@ -150,7 +166,7 @@ class Arithmetic:
 class Block:
     """One transformer block: what comes before its attention, and what comes after, for a tile of rows."""
 
-    def __init__(self, arithmetic: Arithmetic, tensors: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, arithmetic: Arithmetic, tensors: Tensors) -> None:
         self._arithmetic = arithmetic
         a = arithmetic.architecture
         self._norm1 = arithmetic.norm(tensors, "attention.LayerNorm")
@@ -163,13 +179,10 @@ class Block:
                 yield rows.view(a.heads, 2, a.head_width // 2, *rows.shape[1:]).transpose(1, 2)
             yield tensors[f"attention.self.value.{part}"]
 
-        def dense(name: str) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-            return [tensors[f"{name}.weight"]], [tensors[f"{name}.bias"]]
-
         self._qkv = arithmetic.product(projections("weight"), projections("bias"), exact=True)
-        self._out = arithmetic.product(*dense("attention.output.dense"), exact=True)
-        self._up = arithmetic.product(*dense("intermediate.dense"), gelu=True)
-        self._down = arithmetic.product(*dense("output.dense"))
+        self._out = arithmetic.dense(tensors, "attention.output.dense", exact=True)
+        self._up = arithmetic.dense(tensors, "intermediate.dense", gelu=True)
+        self._down = arithmetic.dense(tensors, "output.dense")
         self.frequencies = tensors["attention.self.rotary_embeddings.inv_freq"].float().cpu().numpy().tobytes()
 
     @property

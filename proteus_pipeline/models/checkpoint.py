@@ -12,16 +12,20 @@ Two rules make equal models equal:
 from __future__ import annotations
 
 import re
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from proteus_pipeline.errors import ModelError
+from proteus_pipeline.errors import IntegrityError, ModelError
 from proteus_pipeline.identity import digests
 from proteus_pipeline.models.architecture import Architecture
+from proteus_pipeline.stores.files import FileState
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
 
 TRUNK = "trunk"
@@ -64,11 +68,40 @@ def component_of(name: str) -> str:
     return name.removeprefix("esm.").split(".", 1)[0]
 
 
+class FilesInUse:
+    """Files that tensors are used in place of. They were checked once, and have to stay what they were."""
+
+    def __init__(self) -> None:
+        self._files: dict[Path, tuple[FileState, str, str]] = {}
+
+    def add(self, path: Path, state: FileState, origin: str, remedy: str) -> None:
+        """Add a file as it was before its tensors were checked; `origin` and `remedy` are said when it changes."""
+        self._files.setdefault(path, (state, origin, remedy))  # as it was for the first tensor, it has to stay
+
+    def check(self) -> None:
+        """Raise IntegrityError where a file was written to since: what was computed meanwhile may be wrong."""
+        for path, (before, origin, remedy) in list(self._files.items()):
+            try:
+                now = FileState.of(path)
+            except OSError:
+                continue  # it was removed, and stays what it was for who has it mapped
+            if now != before and now.is_same_file(before):
+                raise IntegrityError(f"{origin} was changed while it was in use ({path.name})", remedy)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_files": {}}  # the numbers themselves go with a copy of who uses them
+
+
 class KnownTensors(Mapping[str, "torch.Tensor"]):
     """Tensors whose digests are known before one is read; each is held to its own before anybody gets it."""
 
     digests: dict[str, str]
 
+    @abstractmethod
+    def in_place(self, name: str, in_use: FilesInUse) -> torch.Tensor | None:
+        """Return a tensor to be used where it lies in its file, which is added to those; None where it has to be copied."""
+
+    @abstractmethod
     def let_go(self) -> None:
         """Hold no tensor any more; the next touch reads and checks it again."""
 
@@ -134,19 +167,24 @@ class Checkpoint:
         if isinstance(self.tensors, KnownTensors):
             self.tensors.let_go()
 
-    def layer(self, index: int) -> Mapping[str, torch.Tensor]:
+    def layer(self, index: int) -> Tensors:
         """Return one block's tensors, by their names within the block; each is read when it is touched."""
-        return _Under(self.tensors, _LAYER.format(index))
+        return Tensors(self.tensors, _LAYER.format(index))
 
 
-class _Under(Mapping[str, "torch.Tensor"]):
-    """Those tensors whose names begin in one way, by the rest of their names."""
+class Tensors(Mapping[str, "torch.Tensor"]):
+    """Those of a checkpoint's tensors whose names begin in one way, by the rest of their names."""
 
     def __init__(self, tensors: Mapping[str, torch.Tensor], prefix: str) -> None:
         self._tensors, self._prefix = tensors, prefix
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self._tensors[self._prefix + name]
+
+    def in_place(self, name: str, in_use: FilesInUse) -> torch.Tensor | None:
+        """Return a tensor as `KnownTensors.in_place` does; None too for one that lies in no file that was checked."""
+        tensors = self._tensors
+        return tensors.in_place(self._prefix + name, in_use) if isinstance(tensors, KnownTensors) else None
 
     def __iter__(self) -> Iterator[str]:
         # Over the names, and not the items: that would read every tensor of the model.

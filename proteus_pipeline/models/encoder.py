@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 # Part of every embedding key: raised only when an encoder's golden bits change, or may have on a CPU that was not at hand.
-ENGINE_REVISION = 5
+ENGINE_REVISION = 6
 PRECISIONS = ("fp32", "mixed", "bf16")
 NUMERICS = ("strict", "tolerant")
 # Rows of a tile: 256 waste little on short jobs, and a tile of 8M's widest matrix is 1.3 MB. A sequence that fits in fewer

@@ -144,6 +144,7 @@ class Esm2Encoder:
         """Return a batch's outputs; where it has no room, those of its halves."""
         try:
             encoded = self._forward([sequences[i] for i in batch], outputs, crew)
+            self._arithmetic.in_use.check()
         except (MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise

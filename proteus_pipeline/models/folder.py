@@ -2,7 +2,9 @@
 
 The safetensors files are written here, not by a library: a model version's pointer is the hash of these bytes, so they
 may not change with a library's release. Format: https://huggingface.co/docs/safetensors (8 bytes of header length, a
-JSON header padded with spaces to 8 bytes, the tensors back to back). Any reader of safetensors opens them.
+JSON header padded with spaces, the tensors back to back). Any reader of safetensors opens them. The header ends at a
+multiple of 64 bytes, and tensors that are no multiple of it come last: so that a matrix of a mapped file begins where kernels
+want it, and can be multiplied with as it lies.
 
 ``digests.json`` is ours, and other readers pass over it: each tensor's digest by its name, so that `mapped.open_mapped`
 can hold a version's tensors to its record one at a time. ::
@@ -26,6 +28,7 @@ from proteus_pipeline.stores.files import atomic_path, write_atomic
 if TYPE_CHECKING:
     import torch
 
+ALIGNMENT = 64  # bytes: a cache line, and the widest vector of a CPU
 _BLOCK = re.compile(r"esm\.encoder\.layer\.(\d+)\.")
 _HF_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 
@@ -70,14 +73,15 @@ def _safetensors(tensors: Mapping[str, torch.Tensor]) -> Iterator[bytes | memory
     # "format" is what transformers looks for before it opens a file.
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    for name, tensor in tensors.items():
+    ordered = dict(sorted(tensors.items(), key=lambda item: (item[1].nbytes % ALIGNMENT != 0, item[0])))
+    for name, tensor in ordered.items():
         end = offset + tensor.numel() * tensor.element_size()
         header[name] = {"dtype": dtype_name(tensor), "shape": list(tensor.shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
     yield struct.pack("<Q", len(text)) + text
-    for tensor in tensors.values():
+    for tensor in ordered.values():
         yield tensor_bytes(tensor)
 
 

@@ -3,18 +3,31 @@
 The chain of trust is: the tag's record -> a component's digest -> its tensors' digests (digests.json) -> a tensor's
 bytes. Opening follows it down to the tensors' digests, and reads a few kilobytes however large the model is; touching a
 tensor follows it to the end. So nothing is served that the record does not vouch for, and nothing is read in vain.
+
+A tensor may also be used where it lies, for as long as somebody likes: memory that need not be filled, and that processes
+share. What was checked once has to stay what it was: so it is only done where nobody may write to the file and where a
+removed file stays readable; and who computes with it asks afterwards whether the file is still as it was.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+import stat
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from proteus_pipeline.errors import IntegrityError
 from proteus_pipeline.identity import digests
-from proteus_pipeline.models.checkpoint import Checkpoint, KnownTensors, component_digests, dtype_name, tensor_bytes
+from proteus_pipeline.models.checkpoint import (
+    Checkpoint,
+    FilesInUse,
+    KnownTensors,
+    component_digests,
+    dtype_name,
+    tensor_bytes,
+)
+from proteus_pipeline.models.folder import ALIGNMENT
 from proteus_pipeline.models.reading import (
     DIGESTS,
     DIGESTS_SCHEMA,
@@ -24,10 +37,12 @@ from proteus_pipeline.models.reading import (
     read_json,
     read_weight_map,
 )
+from proteus_pipeline.stores.files import FileState, stays_mapped
 
 if TYPE_CHECKING:
     import torch
 
+_WRITABLE = stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH
 _DIGEST = re.compile(r"[0-9a-f]{32}")
 # What a reader of well-formed files raises on bytes that have changed since: a wrong value, type, key or size.
 _UNREADABLE = (ValueError, ArithmeticError, KeyError, TypeError)
@@ -88,20 +103,43 @@ class MappedTensors(KnownTensors):
         self._origin, self._remedy = origin, remedy
         self._open: dict[str, tuple[Any, int]] = {}
         self._checked: dict[str, torch.Tensor] = {}
+        # Mappings of their own, so that pages of what is copied can be let go: None where a shard's tensors have to be.
+        self._lasting: dict[str, tuple[Any, FileState] | None] = {}
 
     def __getitem__(self, name: str) -> torch.Tensor:
         tensor = self._checked.get(name)
         if tensor is not None:
             return tensor
-        expected = self.digests[name]
-        try:
-            tensor = self._map(name)
-            found = digests.of_tensor(dtype_name(tensor), tuple(tensor.shape), tensor_bytes(tensor))
-        except Exception as error:  # a changed header fails in any way that its reader can
-            raise self._damaged(name, _line(error)) from error
-        if found != expected:
-            raise self._damaged(name, f"its digest is {found}, recorded {expected}")
-        return self._checked.setdefault(name, tensor)
+        if name not in self.digests:
+            raise KeyError(name)
+        return self._checked.setdefault(name, self._sound(name, self._map))
+
+    def in_place(self, name: str, in_use: FilesInUse) -> torch.Tensor | None:
+        """Return a tensor to be used where it lies in its file, however long: fp32 that begins at a multiple of 64 bytes.
+
+        None where it has to be copied: it does not begin there, or the file is somebody's to write or on a file system that may
+        take it away.
+
+        Raises
+        ------
+        IntegrityError
+            When it is not what the record says.
+
+        """
+        import torch
+
+        shard = self._shards[name]
+        if shard not in self._lasting:
+            self._lasting[shard] = self._last(shard)
+        opened = self._lasting.get(shard)  # another thread may let go meanwhile
+        if opened is None:
+            return None
+        file, before = opened
+        tensor = self._sound(name, file.get_tensor)
+        if tensor.dtype != torch.float32 or tensor.data_ptr() % ALIGNMENT:
+            return None
+        in_use.add(self._files[shard], before, self._origin, self._remedy)
+        return tensor
 
     def __contains__(self, name: object) -> bool:
         return name in self.digests  # Mapping's own would read the tensor
@@ -115,9 +153,36 @@ class MappedTensors(KnownTensors):
     def let_go(self) -> None:
         self._checked.clear()
         self._open.clear()
+        self._lasting.clear()
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_open": {}, "_checked": {}}  # a copy opens its own
+        return self.__dict__ | {"_open": {}, "_checked": {}, "_lasting": {}}  # a copy opens its own
+
+    def _sound(self, name: str, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
+        """Return a tensor that is read by its name, held to its digest."""
+        expected = self.digests[name]
+        try:
+            tensor = read(name)
+            found = digests.of_tensor(dtype_name(tensor), tuple(tensor.shape), tensor_bytes(tensor))
+        except Exception as error:  # a changed header fails in any way that its reader can
+            raise self._damaged(name, _line(error)) from error
+        if found != expected:
+            raise self._damaged(name, f"its digest is {found}, recorded {expected}")
+        return tensor
+
+    def _last(self, shard: str) -> tuple[Any, FileState] | None:
+        """Return a shard opened for tensors that are used in place, and what it was before; None where none may be."""
+        from safetensors import SafetensorError, safe_open
+
+        path = self._files[shard]
+        try:
+            before = FileState.of(path)
+            if path.stat().st_mode & _WRITABLE or not stays_mapped(before.device):
+                return None
+            file = safe_open(path, framework="pt")
+            return (file, before) if FileState.of(path) == before else None
+        except (SafetensorError, OSError):
+            return None  # who copies it says what is wrong
 
     def _map(self, name: str) -> torch.Tensor:
         from safetensors import safe_open
@@ -136,7 +201,8 @@ class MappedTensors(KnownTensors):
 
     def _damaged(self, name: str, reason: str) -> IntegrityError:
         shard = self._shards[name]
-        self._open.pop(shard, None)  # so that the next touch finds a shard that was mended meanwhile
+        for opened in (self._open, self._lasting):
+            opened.pop(shard, None)  # so that the next touch finds a shard that was mended meanwhile
         return IntegrityError(f"{self._origin} is damaged ({name} in {shard}: {reason})", self._remedy)
 
 

@@ -68,8 +68,8 @@ class Fp32Product(Product):
     Parameters
     ----------
     weight
-        (..., in) fp32 pieces, whose rows lie one below the other. They are copied as they lie: to turn them round would take as
-        long as all else of a load, and BLAS lays a part out for its kernel in any case.
+        (out, in) fp32; on a CPU it is used where it lies: to turn it round would take as long as all else of a load, and BLAS
+        lays a part out for its kernel in any case.
     bias
         (out,) fp32; copied.
     gelu
@@ -77,12 +77,11 @@ class Fp32Product(Product):
 
     """
 
-    def __init__(self, weight: Iterable[torch.Tensor], bias: torch.Tensor, *, gelu: bool) -> None:
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor, *, gelu: bool) -> None:
         on_gpu = bias.is_cuda
-        # torch's GELU of a CPU has a coarser erf; its own passes are fewer with the root in the weights.
+        # torch's GELU of a CPU has a coarser erf; its own passes are fewer with the root in the product.
         self._erf, self._gelu = gelu and not on_gpu, gelu and on_gpu
-        joined = _joined(weight, len(bias), _ROOT if self._erf else None)
-        self._weight = turned(joined).t() if on_gpu else joined
+        self._weight = turned(weight).t() if on_gpu else weight
         self._bias = bias * _ROOT if self._erf else bias.clone()
         self._columns = (slice(0, len(bias)),) if on_gpu else _columns(len(bias))
         self.nbytes = self._weight.nbytes + bias.nbytes
@@ -115,10 +114,13 @@ class Fp32Product(Product):
         import torch
 
         # Biases are added in a pass of their own, where torch would first spread them over the output in one.
-        product = torch.mm(x, self._weight[columns].t(), out=out[:, columns]).add_(self._bias[columns])
+        product, weight = out[:, columns], self._weight[columns].t()
         if self._erf:
+            product.addmm_(x, weight, beta=0, alpha=_ROOT).add_(self._bias[columns])
             product.addcmul_(product, torch.erf(product)).mul_(_ROOT)
-        elif self._gelu:
+            return
+        torch.mm(x, weight, out=product).add_(self._bias[columns])
+        if self._gelu:
             product.copy_(torch.nn.functional.gelu(product))
 
     def _add(self, residual: torch.Tensor, x: torch.Tensor, columns: slice) -> None:
@@ -231,20 +233,14 @@ def turned(weight: torch.Tensor) -> torch.Tensor:
     return weight.new_empty(weight.shape[::-1]).copy_(weight.t())
 
 
-def _joined(pieces: Iterable[torch.Tensor], height: int, scale: float | None) -> torch.Tensor:
-    """Return pieces of `height` rows in all one below the other, times `scale`: in one pass over each, as it comes."""
-    import torch
-
+def joined(pieces: Iterable[torch.Tensor], height: int) -> torch.Tensor:
+    """Return a copy of pieces of `height` rows in all, one below the other: in one pass over each, as it comes."""
     whole, first = None, 0
     for piece in pieces:
         if whole is None:
             whole = piece.new_empty((height, piece.shape[-1]))
         rows = piece.numel() // piece.shape[-1]
-        place = whole[first : first + rows].view(piece.shape)
-        if scale is None:
-            place.copy_(piece)
-        else:
-            torch.mul(piece, scale, out=place)
+        whole[first : first + rows].view(piece.shape).copy_(piece)
         first += rows
     if whole is None or first != height:
         raise ValueError(f"{height} outputs have {first} rows of weights")

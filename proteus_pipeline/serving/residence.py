@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING
 
-from proteus_pipeline.errors import CacheMemoryError, StorageError
+from proteus_pipeline.errors import CacheMemoryError, IntegrityError, StorageError
 from proteus_pipeline.models.encoder import Encoder, make_encoder, weight_bytes
 from proteus_pipeline.models.memory import give_back
 from proteus_pipeline.serving.budget import NOTHING, Wanted, megabytes
@@ -79,7 +79,7 @@ class Residence(Holdings):
         CacheMemoryError
             As `leased`, and where the call has no room, or other calls leave none in time.
         ProteusError
-            As `leased`.
+            As `leased`, and what computing raises: after an IntegrityError the model is let go.
 
         """
         token = next(self._tokens)
@@ -95,6 +95,11 @@ class Residence(Holdings):
                     if resident is None:
                         place.insist()  # another took its model's room: not twice
             yield resident.encoder
+        except IntegrityError:  # its file was written to: who asks next has it loaded, and checked, anew
+            with self._changed:
+                if resident is not None and self._residents.get(binding.digest) is resident:
+                    self._remove(binding.digest, "invalidated")
+            raise
         finally:
             with self._changed:
                 self._budget.calls.pop(token, None)

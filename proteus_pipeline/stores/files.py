@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 from proteus_pipeline.errors import StorageError
 
@@ -202,6 +203,24 @@ def md5_file(path: Path) -> str:
         raise storage_error("read", path, error) from error
 
 
+class FileState(NamedTuple):
+    """Which file it is, and what changes when somebody writes to it."""
+
+    device: int
+    inode: int
+    size: int
+    written: int
+
+    @classmethod
+    def of(cls, path: Path) -> FileState:
+        """Return a file's; OSError where there is none."""
+        found = path.stat()
+        return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+
+    def is_same_file(self, other: FileState) -> bool:
+        return self[:2] == other[:2]
+
+
 @lru_cache
 def file_system(device: int, mounts: Path = Path("/proc/self/mountinfo")) -> str:
     """Return the kind of file system of a device number (``st_dev``), as ``ext4`` or ``nfs4``; empty where nobody says."""
@@ -212,3 +231,12 @@ def file_system(device: int, mounts: Path = Path("/proc/self/mountinfo")) -> str
             if before.split()[2:3] == [number]:
                 return after.partition(" ")[0]
     return ""
+
+
+def stays_mapped(device: int) -> bool:
+    """Say whether a mapped file of a device (``st_dev``) can be read to its end whoever removes it meanwhile.
+
+    On a network file system that keeps no removed file for who has it open, whoever touches a page that was not read yet is
+    killed.
+    """
+    return not file_system(device).startswith(("nfs", "cifs", "smb", "fuse", "9p"))

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Protocol
 
 from proteus_pipeline.errors import StorageError
-from proteus_pipeline.stores.files import TEMPORARY_PREFIX, file_system, replace_atomic, storage_error, write_atomic
+from proteus_pipeline.stores.files import TEMPORARY_PREFIX, replace_atomic, stays_mapped, storage_error, write_atomic
 
 _OPEN_FILES = 128
 # A folder's time is that of a clock which ticks every few milliseconds: a file may appear in the tick of the last listing.
@@ -257,8 +257,7 @@ class LocalStore:
                 status = os.fstat(file.fileno())
                 if status.st_size == 0:
                     return memoryview(b"")
-                if file_system(status.st_dev).startswith("nfs"):
-                    # When another node removes a mapped file, whoever touches a page that was not read yet is killed.
+                if not stays_mapped(status.st_dev):
                     return memoryview(file.read())
                 return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except FileNotFoundError:

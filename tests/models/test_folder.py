@@ -39,6 +39,20 @@ def test_the_default_models_folder_is_the_one_the_repository_points_to(checkpoin
     assert stored.pointer.text() == (ROOT / "models" / f"{name}.dvc").read_text()
 
 
+def test_a_matrix_begins_where_kernels_want_it(checkpoint: Checkpoint, tiny: Checkpoint, tmp_path: Path):
+    for number, model in enumerate((checkpoint, whole(tiny))):
+        write_folder(model, tmp_path / str(number))
+        for shard in (tmp_path / str(number)).glob("*.safetensors"):
+            data = shard.read_bytes()
+            begin = 8 + int.from_bytes(data[:8], "little")
+            header = json.loads(data[8:begin])
+            del header["__metadata__"]
+            assert begin % 64 == 0
+            for tensor in header.values():
+                start, end = tensor["data_offsets"]
+                assert start % 64 == 0 or (end - start) % 64
+
+
 def test_two_writes_give_the_same_bytes_and_rewriting_gives_them_again(tiny: Checkpoint, tmp_path: Path):
     write_folder(whole(tiny), tmp_path / "one")
     backwards = canonical(tiny.architecture, dict(reversed(whole(tiny).tensors.items())), "it")

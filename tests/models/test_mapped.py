@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from layouts import contact_head, lm_head, trunk, write_hf
 
 from proteus_pipeline.errors import IntegrityError
 from proteus_pipeline.models import mapped
-from proteus_pipeline.models.checkpoint import EMBEDDING, Checkpoint, canonical, component_digests
+from proteus_pipeline.models.checkpoint import EMBEDDING, Checkpoint, FilesInUse, canonical, component_digests
 from proteus_pipeline.models.encoder import make_encoder
 from proteus_pipeline.models.fair_esm import to_fair_esm
 from proteus_pipeline.models.folder import write_folder
@@ -392,3 +393,125 @@ def test_touched_tensors_are_pages_of_their_files_and_no_copies(tmp_path: Path):
     command = [sys.executable, "-c", MEMORY, str(tmp_path / "m"), model.trunk_digest]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert int(done.stdout) < size / 4
+
+
+OUTPUT = "esm.encoder.layer.1.output.dense.weight"
+
+
+@pytest.fixture
+def kept(folder: Path) -> Path:
+    """The folder as DVC's cache has it: nobody may write to its files."""
+    for path in folder.iterdir():
+        path.chmod(0o444)
+    return folder
+
+
+def used(folder: Path, model: Checkpoint, name: str = OUTPUT) -> torch.Tensor | None:
+    tensors = opened(folder, model).tensors
+    assert isinstance(tensors, mapped.MappedTensors)
+    return tensors.in_place(name, FilesInUse())
+
+
+def mappings(path: Path) -> int:
+    return Path("/proc/self/maps").read_text().count(str(path))
+
+
+def test_a_tensor_is_used_where_it_lies_as_long_as_somebody_holds_it(kept: Path, model: Checkpoint):
+    checkpoint = opened(kept, model)
+    assert isinstance(checkpoint.tensors, mapped.MappedTensors)
+    tensor = checkpoint.tensors.in_place(OUTPUT, FilesInUse())
+    assert tensor is not None
+    checkpoint.let_go()
+    assert mappings(kept / SHARD)
+    assert torch.equal(tensor, model.tensors[OUTPUT])
+    assert tensor.data_ptr() % 64 == 0
+    del tensor
+    assert mappings(kept / SHARD) == 0
+
+
+def test_what_may_change_or_go_or_lies_badly_is_copied(kept: Path, model: Checkpoint, monkeypatch: pytest.MonkeyPatch):
+    assert used(kept, model) is not None
+    for mode in (0o644, 0o464, 0o446):
+        (kept / SHARD).chmod(mode)
+        assert used(kept, model) is None
+    (kept / SHARD).chmod(0o444)
+    with monkeypatch.context() as patch:
+        patch.setattr(mapped, "stays_mapped", lambda _: False)
+        assert used(kept, model) is None
+    # As another program, or an earlier writer, lays it.
+    whole = (kept / SHARD).read_bytes()
+    length = int.from_bytes(whole[:8], "little")
+    (kept / SHARD).unlink()
+    (kept / SHARD).write_bytes(
+        (length + 8).to_bytes(8, "little") + whole[8 : 8 + length] + b" " * 8 + whole[8 + length :]
+    )
+    (kept / SHARD).chmod(0o444)
+    assert used(kept, model) is None
+    assert torch.equal(opened(kept, model).tensors[OUTPUT], model.tensors[OUTPUT])
+    gone = opened(kept, model)
+    (kept / SHARD).unlink()
+    with pytest.raises(IntegrityError, match="No such file"):
+        make_encoder(gone)
+
+
+@pytest.mark.parametrize("shift", [0, 3])
+def test_a_flipped_bit_is_not_used_in_place(kept: Path, model: Checkpoint, shift: int):
+    whole = bytearray((kept / SHARD).read_bytes())
+    place = bytes(whole).index(mapped.tensor_bytes(model.tensors[OUTPUT]))
+    whole[place + shift] ^= 0x40
+    (kept / SHARD).chmod(0o644)
+    (kept / SHARD).write_bytes(whole)
+    (kept / SHARD).chmod(0o444)
+    with pytest.raises(IntegrityError, match=rf"{OUTPUT} in {SHARD}: its digest is"):
+        used(kept, model)
+    with pytest.raises(IntegrityError, match=r"m@v1.0.0 is damaged"):
+        make_encoder(opened(kept, model))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "mixed", "bf16"])
+def test_weights_in_place_and_copied_give_the_same_bits(kept: Path, model: Checkpoint, precision: str):
+    sequences = ["MKTAYIAKQR", "GAVLI" * 30, "W"]
+    lying, copied = (make_encoder(c, precision=precision) for c in (opened(kept, model), model))
+    assert bool(mappings(kept / SHARD)) == (precision != "bf16")
+    ours, theirs = (dict(e.encode(sequences, [0, 1, 2])) for e in (lying, copied))
+    assert all(np.array_equal(ours[i][layer], theirs[i][layer]) for i in theirs for layer in (0, 1, 2))
+    assert lying.nbytes == pytest.approx(copied.nbytes, rel=0.05)  # heads of a file are read when they are asked for
+    del lying
+    assert mappings(kept / SHARD) == 0
+
+
+def test_a_file_that_is_written_to_in_use_gives_no_more_numbers(kept: Path, model: Checkpoint):
+    encoder = make_encoder(opened(kept, model))
+    again = pickle.loads(pickle.dumps(encoder))
+    before = dict(encoder.encode(["MKTAYIAKQR"], [2]))
+    (kept / SHARD).chmod(0o644)
+    with (kept / SHARD).open("r+b") as file:
+        file.seek(-4, os.SEEK_END)
+        file.write(b"\1\2\3\4")
+    (kept / SHARD).chmod(0o444)
+    for _ in range(2):
+        with pytest.raises(IntegrityError) as caught:
+            list(encoder.encode(["MKTAYIAKQR"], [2]))
+        assert str(caught.value) == f"m@v1.0.0 was changed while it was in use ({SHARD}); fetch it again"
+    assert np.array_equal(dict(again.encode(["MKTAYIAKQR"], [2]))[0][2], before[0][2])  # it has copies
+
+
+def test_a_file_that_is_removed_or_replaced_in_use_stays_what_it_was(kept: Path, model: Checkpoint):
+    encoder = make_encoder(opened(kept, model))
+    before = dict(encoder.encode(["MKTAYIAKQR"], [2]))[0][2]
+    (kept / SHARD).unlink()
+    assert np.array_equal(dict(encoder.encode(["MKTAYIAKQR"], [2]))[0][2], before)
+    (kept / SHARD).write_bytes(b"another")
+    assert np.array_equal(dict(encoder.encode(["MKTAYIAKQR"], [2]))[0][2], before)
+
+
+def test_a_file_that_changed_between_two_of_its_tensors_is_noticed(kept: Path, model: Checkpoint):
+    tensors, in_use = opened(kept, model).tensors, FilesInUse()
+    assert isinstance(tensors, mapped.MappedTensors)
+    assert tensors.in_place(OUTPUT, in_use) is not None
+    in_use.check()
+    tensors.let_go()
+    os.utime(kept / SHARD, (0, 0))
+    assert tensors.in_place("esm.encoder.layer.1.intermediate.dense.weight", in_use) is not None
+    with pytest.raises(IntegrityError, match="was changed while it was in use"):
+        in_use.check()

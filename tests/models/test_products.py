@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from proteus_pipeline.models.device import has_bf16
-from proteus_pipeline.models.products import Bf16Product, Fp32Product, PackedBf16Product, Product, can_pack
+from proteus_pipeline.models.products import Bf16Product, Fp32Product, PackedBf16Product, Product, can_pack, joined
 
 ROWS, INPUTS, OUTPUTS = 256, 72, 40
 Make = Callable[[torch.Tensor, torch.Tensor, bool], Product]
 KINDS: dict[str, tuple[Make, torch.dtype, bool]] = {
-    "fp32": (lambda w, b, gelu: Fp32Product([w], b, gelu=gelu), torch.float32, True),
+    "fp32": (lambda w, b, gelu: Fp32Product(w, b, gelu=gelu), torch.float32, True),
     "packed bf16": (
         lambda w, b, gelu: PackedBf16Product(w, b, ROWS, gelu=gelu),
         torch.bfloat16,
@@ -78,7 +78,7 @@ def test_a_row_has_the_same_bits_wherever_it_stands(kind: tuple[Make, torch.dtyp
 @pytest.mark.parametrize("outputs", [32, 320, 336, 480, 960, 1280])
 def test_the_parts_of_a_product_are_it_in_any_order(outputs: int, gelu: bool):
     x, weight, bias = (torch.randn(*shape) for shape in ((48, 64), (outputs, 64), (outputs,)))
-    product = Fp32Product(weight.split(16), bias, gelu=gelu)
+    product = Fp32Product(weight, bias, gelu=gelu)
     whole, residual = product(x), torch.randn(48, outputs)
     out, added = torch.full_like(whole, torch.nan), residual.clone()
     for part in product.parts(x, out)[::-1]:
@@ -91,12 +91,21 @@ def test_the_parts_of_a_product_are_it_in_any_order(outputs: int, gelu: bool):
     assert len(product.parts(x, out)) == -(-outputs // 320)
 
 
-def test_a_weight_is_its_pieces_and_a_copy():
-    weight, bias, x = torch.randn(8, 4), torch.randn(8), torch.randn(3, 4)
+def test_pieces_are_joined_in_a_copy():
+    weight = torch.randn(8, 4)
     pieces = [weight[:4].view(2, 2, 4).transpose(0, 1), weight[4:]]
-    product = Fp32Product(iter(pieces), bias, gelu=False)
-    expected = x @ weight[[0, 2, 1, 3, 4, 5, 6, 7]].t() + bias
+    whole = joined(iter(pieces), 8)
+    expected = weight[[0, 2, 1, 3, 4, 5, 6, 7]]
     weight.zero_()
-    assert torch.allclose(product(x), expected, atol=1e-6)
+    assert torch.equal(whole, expected)
     with pytest.raises(ValueError, match="8 outputs have 4 rows of weights"):
-        Fp32Product(pieces[:1], bias, gelu=False)
+        joined(pieces[:1], 8)
+
+
+def test_a_weight_is_used_where_it_lies():
+    weight, bias, x = torch.randn(8, 4), torch.randn(8), torch.randn(3, 4)
+    before = bias.clone()
+    product = Fp32Product(weight, bias, gelu=False)
+    weight.zero_()
+    bias += 1
+    assert torch.equal(product(x), before.expand(3, 8))
