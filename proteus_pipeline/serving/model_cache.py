@@ -44,8 +44,8 @@ class ModelCacheManager:
     ----------
     max_memory_gb
         What loaded models may take, in 10^9 bytes: their weights, and what calls under way compute with; None for all of this
-        machine's memory. A control group's limit caps it. Files that are memory-mapped while they are loaded are let go block
-        by block, and not counted; what a call returns is its caller's.
+        machine's memory. A control group's limit caps it. Weights that are used where they lie in a mapped file count as
+        those that are copied; what is mapped only while it is copied does not. What a call returns is its caller's.
     eviction_policy
         Which model goes first where there is no room: ``lru``, ``lfu``, ``fifo``, ``ttl``, or ``cost``, the one whose bytes
         save the fewest seconds of loading.

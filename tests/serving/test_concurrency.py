@@ -140,6 +140,29 @@ def test_a_file_that_was_changed_is_not_served_as_what_it_was(register: Register
     )
 
 
+def test_a_version_whose_file_is_written_to_is_let_go_and_checked_anew(register: Register):
+    manager = register()
+    cache = ModelCacheManager(version_manager=manager)
+    model, (before,) = cache.get_or_load("m@v1.0.0"), cache.get_or_load("m@v1.0.0").embed([PROTEIN])
+    shard = manager.get_version("m", "1.0.0").files["model-layer-0.safetensors"].resolve()
+    whole = shard.read_bytes()
+    shard.chmod(0o644)
+    with shard.open("r+b") as file:
+        file.write(b"\1" * 8)
+    with pytest.raises(IntegrityError, match="was changed while it was in use"):
+        model.embed([PROTEIN])
+    with pytest.raises(IntegrityError, match="is damaged"):
+        model.embed([PROTEIN])
+    with shard.open("r+b") as file:
+        file.write(whole)
+    shard.chmod(0o444)
+    time.sleep(1)  # until a failed load may be tried again
+    assert np.array_equal(model.embed([PROTEIN])[0], before)
+    stats = cache.get_cache_stats()
+    assert (stats["loads"], stats["evictions"]) == (2, {"invalidated": 1})
+    assert stats["bytes"] == sum(stats["models"].values())
+
+
 def test_files_of_fair_esm_are_read_by_many_threads(tmp_path: Path):
     path = write_official(make_checkpoint(), tmp_path / "x.pt")
     with ThreadPoolExecutor(4) as pool:
