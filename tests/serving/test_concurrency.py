@@ -159,7 +159,7 @@ def test_a_version_whose_file_is_written_to_is_let_go_and_checked_anew(register:
     time.sleep(1)  # until a failed load may be tried again
     assert np.array_equal(model.embed([PROTEIN])[0], before)
     stats = cache.get_cache_stats()
-    assert (stats["loads"], stats["evictions"]) == (2, {"invalidated": 1})
+    assert (stats["loads"], stats["evictions"]["invalidated"]) == (2, 1)
     assert stats["bytes"] == sum(stats["models"].values())
 
 
