@@ -124,3 +124,7 @@ class CacheMemoryError(ProteusError, MemoryError):
 
 class CacheInvalidationError(ProteusError, RuntimeError):
     """An invalidation could not be carried out."""
+
+
+class Terminated(KeyboardInterrupt):
+    """The process was told to stop by SIGTERM, which a terminal sends to nobody: others may not have been told."""

@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from types import CodeType, FrameType
 from typing import Any
 
+from proteus_pipeline.errors import Terminated
+
 # Too early, it is tried again after so many seconds; and so many times: who waits for a lock that long may wait for ever.
 _AGAIN_S, _MOST = 0.002, 500
 
@@ -50,18 +52,21 @@ class _Interrupt:
 
     def __init__(self) -> None:
         self._tries = 0
+        self._raised: type[KeyboardInterrupt] = KeyboardInterrupt
         self.over = False
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         if self.over or (number == signal.SIGALRM and not self._tries):
             return  # what it was to try again has been raised
+        if number == signal.SIGTERM:
+            self._raised = Terminated
         if frame is not None and self._tries < _MOST and _leaves_a_lock(frame):
             self._tries += 1
             signal.setitimer(signal.ITIMER_REAL, _AGAIN_S)
             return
         signal.setitimer(signal.ITIMER_REAL, 0)
-        self._tries = 0
-        raise KeyboardInterrupt
+        raised, self._tries, self._raised = self._raised, 0, KeyboardInterrupt
+        raise raised
 
 
 def _leaves_a_lock(frame: FrameType) -> bool:
@@ -88,7 +93,8 @@ _OWN = _codes(_Interrupt.__call__, _leaves_a_lock)
 
 @contextmanager
 def interruptions() -> Iterator[None]:
-    """Have SIGINT and SIGTERM raise KeyboardInterrupt in the main thread, in the body; a SIGINT that is ignored stays so.
+    """Have SIGINT raise KeyboardInterrupt in the main thread, in the body, and SIGTERM Terminated, which is one; a SIGINT that is
+    ignored stays so.
 
     SIGALRM serves to try again. In another thread, which may not say what a signal does, nothing changes.
     """

@@ -8,16 +8,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from proteus_pipeline.config.composition import PARAMS, Composition, compose, read_params
 from proteus_pipeline.config.overrides import parse, write_params
 from proteus_pipeline.embeddings.computing import Embedded
 from proteus_pipeline.embeddings.manifest import read_manifest
-from proteus_pipeline.errors import ProteusError, StaleLockError, StorageError
+from proteus_pipeline.errors import ProteusError, StaleLockError, StorageError, Terminated
 from proteus_pipeline.identity.names import Reference
 from proteus_pipeline.registry.events import greatest
 from proteus_pipeline.registry.lock import Locked, read_lock, write_lock
@@ -27,6 +27,13 @@ from proteus_pipeline.stages.notes import quiet
 from proteus_pipeline.stages.project import CANDIDATE, COUNTS, MANIFEST, RUN_PAGE, STAGES, Project
 from proteus_pipeline.stages.report import write_page
 from proteus_pipeline.stores.files import write_atomic
+
+if TYPE_CHECKING:
+    import psutil
+
+# In which DVC runs a stage's command.
+_SHELLS = {"sh", "bash", "dash", "zsh", "ksh", "fish"}
+_DVC_ENDS_S, _NEXT_STAGE_S = 1.0, 0.2
 
 
 @dataclass(frozen=True)
@@ -105,12 +112,47 @@ def _reproduce(project: Project, *, force: bool) -> None:
     with subprocess.Popen(command, cwd=project.work, env=os.environ | {"PATH": path}) as child:
         try:
             code = child.wait()
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as interrupt:
             # The terminal sent it to DVC and the stage too: they finish what they hold and let go of their locks.
+            if isinstance(interrupt, Terminated):
+                _hand_on(child)
             child.wait()
             raise
     if code:
         raise ProteusError("the pipeline did not finish", "the lines above say which stage failed, and why")
+
+
+def _hand_on(dvc: subprocess.Popen[bytes]) -> None:
+    """Have a run end that this process alone was told to end, by ``kill`` or as the first process of a container.
+
+    DVC ends at once of a SIGTERM: where it is still there, the stages were not told either. They are told, and not DVC, which
+    would leave them behind: it ends as its stage fails.
+    """
+    import psutil
+
+    told: set[int] = set()
+    seconds = _DVC_ENDS_S
+    while True:
+        try:
+            dvc.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            seconds = _NEXT_STAGE_S
+        else:
+            return
+        with suppress(psutil.NoSuchProcess):
+            for stage in _commands(psutil.Process(dvc.pid)):
+                if stage.pid not in told:
+                    told.add(stage.pid)
+                    stage.terminate()
+
+
+def _commands(process: psutil.Process) -> Iterator[psutil.Process]:
+    """Yield the commands that a process runs, not the shells that it runs them in."""
+    for child in process.children():
+        if child.name() in _SHELLS:
+            yield from _commands(child)
+        else:
+            yield child
 
 
 def _summarise(project: Project, before: dict[str, Any], seconds: float) -> RunSummary:
