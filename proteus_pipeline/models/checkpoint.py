@@ -21,12 +21,11 @@ from typing import TYPE_CHECKING, Any
 from proteus_pipeline.errors import IntegrityError, ModelError
 from proteus_pipeline.identity import digests
 from proteus_pipeline.models.architecture import Architecture
-from proteus_pipeline.stores.files import FileState
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import torch
+
+    from proteus_pipeline.stores.files import OpenFile
 
 TRUNK = "trunk"
 EMBEDDING = "esm.embeddings.word_embeddings.weight"
@@ -72,23 +71,20 @@ class FilesInUse:
     """Files that tensors are used in place of. They were checked once, and have to stay what they were."""
 
     def __init__(self) -> None:
-        self._files: dict[Path, tuple[FileState, str, str]] = {}
+        self._files: dict[OpenFile, tuple[str, str]] = {}
 
-    def add(self, path: Path, state: FileState, origin: str, remedy: str) -> None:
-        """Add a file as it was before its tensors were checked; `origin` and `remedy` are said when it changes."""
-        self._files.setdefault(path, (state, origin, remedy))  # as it was for the first tensor, it has to stay
+    def add(self, file: OpenFile, what: str, remedy: str) -> None:
+        """Add a file that was opened before its tensors were checked; `what` and `remedy` are said when it has changed."""
+        self._files[file] = what, remedy
 
     def check(self) -> None:
         """Raise IntegrityError where a file was written to since: what was computed meanwhile may be wrong."""
-        for path, (before, origin, remedy) in list(self._files.items()):
-            try:
-                now = FileState.of(path)
-            except OSError:
-                continue  # it was removed, and stays what it was for who has it mapped
-            if now != before and now.is_same_file(before):
-                raise IntegrityError(f"{origin} was changed while it was in use ({path.name})", remedy)
+        for file, (what, remedy) in list(self._files.items()):
+            if not file.is_unchanged():
+                raise IntegrityError(what, remedy)
 
     def __getstate__(self) -> dict[str, Any]:
+        self.check()  # or what was never checked would be copied, and never be again
         return {"_files": {}}  # the numbers themselves go with a copy of who uses them
 
 

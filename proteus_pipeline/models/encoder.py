@@ -100,6 +100,9 @@ class Encoder(Protocol):
     def nbytes(self) -> int:
         """Bytes that it holds in its device's memory between calls."""
 
+    def check_files(self) -> None:
+        """Raise IntegrityError where a file was written to that weights are used in place of; `compute` asks after each batch."""
+
     def compute(
         self, sequences: Sequence[str], outputs: Outputs, token_budget: int = TOKENS_PER_BATCH
     ) -> Generator[tuple[int, Encoded], None, None]:
@@ -118,6 +121,8 @@ class Encoder(Protocol):
         ------
         ModelError
             For logits or contacts of a checkpoint without that head.
+        IntegrityError
+            When a file has changed that weights are used in place of.
         ConfigError
             For a layer that the model does not have.
         MemoryError

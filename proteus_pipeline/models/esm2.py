@@ -87,11 +87,15 @@ class Esm2Encoder:
 
     @cached_property
     def _language_head(self) -> LanguageHead:
-        return LanguageHead(self._heads_of, self.device)
+        head = LanguageHead(self._heads_of, self.device)
+        self._heads_of.let_go()
+        return head
 
     @cached_property
     def _contact_head(self) -> ContactHead:
-        return ContactHead(self._heads_of, self.device)
+        head = ContactHead(self._heads_of, self.device)
+        self._heads_of.let_go()
+        return head
 
     def encode(
         self, sequences: Sequence[str], layers: Sequence[int], token_budget: int = TOKENS_PER_BATCH
@@ -144,7 +148,7 @@ class Esm2Encoder:
         """Return a batch's outputs; where it has no room, those of its halves."""
         try:
             encoded = self._forward([sequences[i] for i in batch], outputs, crew)
-            self._arithmetic.in_use.check()
+            self.check_files()
         except (MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise
@@ -270,14 +274,22 @@ class Esm2Encoder:
     def nbytes(self) -> int:
         """Bytes that weights and rotary tables hold in this encoder's memory, the tables' first rows before they are made too.
 
-        Heads of a file that is mapped are read when they are asked for.
+        Heads are copied when they are first asked for.
         """
         held = self._norm_after.nbytes + sum(block.nbytes for block in self._blocks)
         first = 4 * _TABLE_ROWS * self.architecture.width
         tables = sum(
             self._tables[f].nbytes if f in self._tables else first for f in {b.frequencies for b in self._blocks}
         )
-        return self._embedding.nbytes + held + self._heads_of.nbytes + tables
+        made: list[LanguageHead | ContactHead] = [
+            self.__dict__[name] for name in ("_language_head", "_contact_head") if name in self.__dict__
+        ]
+        heads = self._heads_of.nbytes + sum(head.nbytes for head in made)
+        return self._embedding.nbytes + held + heads + tables
+
+    def check_files(self) -> None:
+        """Raise IntegrityError where a file was written to that weights are used in place of."""
+        self._arithmetic.in_use.check()
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what is made again when it is asked for: tables, heads; and a lock can't be copied."""

@@ -43,11 +43,18 @@ class LanguageHead:
             "lm_head.bias",
         )
         self._dense, self._dense_bias, self._norm, self._norm_bias, self._bias = (
-            t[name].to(device, torch.float32) for name in names
+            t[name].to(device, torch.float32, copy=True)
+            for name in names  # what they lie in may change
         )
         decoder = "lm_head.decoder.weight"
-        self._decoder = t[decoder if decoder in t else EMBEDDING].to(device, torch.float32)
+        self._decoder = t[decoder if decoder in t else EMBEDDING].to(device, torch.float32, copy=True)
         self._eps = float(checkpoint.architecture.layer_norm_eps)
+
+    @property
+    def nbytes(self) -> int:
+        """What it holds in memory."""
+        parts = (self._dense, self._dense_bias, self._norm, self._norm_bias, self._bias, self._decoder)
+        return sum(part.nbytes for part in parts)
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return (T, V) logits of (T, D) hidden states after the final norm."""
@@ -78,8 +85,13 @@ class ContactHead:
                 "these weights have no contact head, so they give no contacts",
                 "use an official checkpoint with its contact regression",
             )
-        self._weight = t[f"{_REGRESSION}.weight"].to(device, torch.float32).view(a.layers, a.heads)
+        self._weight = t[f"{_REGRESSION}.weight"].to(device, torch.float32, copy=True).view(a.layers, a.heads)
         self._bias = float(t[f"{_REGRESSION}.bias"])
+
+    @property
+    def nbytes(self) -> int:
+        """What it holds in memory."""
+        return self._weight.nbytes
 
     def add(self, logits: torch.Tensor, layer: int, first: int, attention: torch.Tensor) -> None:
         """Add some heads of one layer to (L, L) logits: `attention` is (n, L + 2, L + 2), start and end included.

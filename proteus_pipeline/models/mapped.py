@@ -16,8 +16,9 @@ import stat
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
-from proteus_pipeline.errors import IntegrityError
+from proteus_pipeline.errors import IntegrityError, ModelError
 from proteus_pipeline.identity import digests
 from proteus_pipeline.models.checkpoint import (
     Checkpoint,
@@ -37,11 +38,15 @@ from proteus_pipeline.models.reading import (
     read_json,
     read_weight_map,
 )
-from proteus_pipeline.stores.files import FileState, stays_mapped
+from proteus_pipeline.stores.files import OpenFile, stays_mapped
 
 if TYPE_CHECKING:
     import torch
 
+_NO_LONGER = "it is no longer the file that was opened"
+# Files that are used in place stay open: not more than leave a process its connections, where 1,024 are usual.
+_LYING: WeakSet[OpenFile] = WeakSet()
+_MOST_LYING = 400
 _WRITABLE = stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH
 _DIGEST = re.compile(r"[0-9a-f]{32}")
 # What a reader of well-formed files raises on bytes that have changed since: a wrong value, type, key or size.
@@ -103,8 +108,8 @@ class MappedTensors(KnownTensors):
         self._origin, self._remedy = origin, remedy
         self._open: dict[str, tuple[Any, int]] = {}
         self._checked: dict[str, torch.Tensor] = {}
-        # Mappings of their own, so that pages of what is copied can be let go: None where a shard's tensors have to be.
-        self._lasting: dict[str, tuple[Any, FileState] | None] = {}
+        # Mappings of their own, so that pages of what is copied can be let go; None where a shard's tensors have to be.
+        self._lasting: dict[str, tuple[Any, OpenFile] | None] = {}
 
     def __getitem__(self, name: str) -> torch.Tensor:
         tensor = self._checked.get(name)
@@ -112,7 +117,7 @@ class MappedTensors(KnownTensors):
             return tensor
         if name not in self.digests:
             raise KeyError(name)
-        return self._checked.setdefault(name, self._sound(name, self._map))
+        return self._checked.setdefault(name, self._sound(name, self._read(name, self._map)))
 
     def in_place(self, name: str, in_use: FilesInUse) -> torch.Tensor | None:
         """Return a tensor to be used where it lies in its file, however long: fp32 that begins at a multiple of 64 bytes.
@@ -129,17 +134,22 @@ class MappedTensors(KnownTensors):
         import torch
 
         shard = self._shards[name]
-        if shard not in self._lasting:
-            self._lasting[shard] = self._last(shard)
-        opened = self._lasting.get(shard)  # another thread may let go meanwhile
+        try:
+            opened = self._lasting[shard]
+        except KeyError:
+            opened = self._lasting[shard] = self._last(shard)
         if opened is None:
             return None
-        file, before = opened
-        tensor = self._sound(name, file.get_tensor)
+        mapping, file = opened
+        if not file.is_unchanged():
+            raise self._damaged(name, _NO_LONGER)  # a page beyond the end of a file that was cut would end the process
+        tensor = self._read(name, mapping.get_tensor)
         if tensor.dtype != torch.float32 or tensor.data_ptr() % ALIGNMENT:
             return None
-        in_use.add(self._files[shard], before, self._origin, self._remedy)
-        return tensor
+        in_use.add(
+            file, f"{self._origin} was changed while it was in use ({shard})", f"{self._remedy}, and load it again"
+        )
+        return self._sound(name, tensor)
 
     def __contains__(self, name: object) -> bool:
         return name in self.digests  # Mapping's own would read the tensor
@@ -158,31 +168,41 @@ class MappedTensors(KnownTensors):
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_open": {}, "_checked": {}, "_lasting": {}}  # a copy opens its own
 
-    def _sound(self, name: str, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
-        """Return a tensor that is read by its name, held to its digest."""
+    def _read(self, name: str, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
+        try:
+            return read(name)
+        except Exception as error:  # a changed header fails in any way that its reader can
+            raise self._damaged(name, _line(error)) from error
+
+    def _sound(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Return a tensor that is held to its digest."""
         expected = self.digests[name]
         try:
-            tensor = read(name)
             found = digests.of_tensor(dtype_name(tensor), tuple(tensor.shape), tensor_bytes(tensor))
-        except Exception as error:  # a changed header fails in any way that its reader can
+        except ModelError as error:  # of a dtype that no version has
             raise self._damaged(name, _line(error)) from error
         if found != expected:
             raise self._damaged(name, f"its digest is {found}, recorded {expected}")
         return tensor
 
-    def _last(self, shard: str) -> tuple[Any, FileState] | None:
-        """Return a shard opened for tensors that are used in place, and what it was before; None where none may be."""
+    def _last(self, shard: str) -> tuple[Any, OpenFile] | None:
+        """Return a shard mapped for tensors that are used in place, and its file; None where none may be."""
         from safetensors import SafetensorError, safe_open
 
         path = self._files[shard]
         try:
-            before = FileState.of(path)
-            if path.stat().st_mode & _WRITABLE or not stays_mapped(before.device):
+            if len(_LYING) >= _MOST_LYING:
                 return None
-            file = safe_open(path, framework="pt")
-            return (file, before) if FileState.of(path) == before else None
-        except (SafetensorError, OSError):
+            file = OpenFile(path)
+            if file.status.st_mode & _WRITABLE or not stays_mapped(file.status.st_dev):
+                return None
+            mapping = safe_open(path, framework="pt")
+            if not file.is_at(path):
+                return None
+        except (SafetensorError, OSError, RuntimeError):
             return None  # who copies it says what is wrong
+        _LYING.add(file)
+        return mapping, file
 
     def _map(self, name: str) -> torch.Tensor:
         from safetensors import safe_open
@@ -195,7 +215,7 @@ class MappedTensors(KnownTensors):
         file, size = opened
         # A page beyond the end of a file that was cut while it was mapped would end the process.
         if path.stat().st_size != size:
-            raise ValueError(f"{path} is no longer the file that was opened")
+            raise ValueError(_NO_LONGER)
         tensor: torch.Tensor = file.get_tensor(name)
         return tensor
 

@@ -15,7 +15,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from proteus_pipeline.errors import CacheMemoryError
+from proteus_pipeline.errors import CacheMemoryError, IntegrityError
 from proteus_pipeline.eviction.policies import make_policy
 from proteus_pipeline.models.memory import give_back, keep_large_arrays_apart
 from proteus_pipeline.models.workers import thread_count
@@ -199,6 +199,9 @@ class Holdings:
                 has_room = self._budget.total(wanted) + (share - 1) * nbytes <= self._budget.limit
             if has_room and seconds_a_byte * nbytes < _WORTH * seconds:
                 packed = Packed(resident.encoder)
+                resident.encoder.check_files()  # while its numbers were copied
+        except IntegrityError:
+            packed = None
         finally:
             del resident.encoder  # its bytes are off the books before the copy's are on them
             with self._changed:

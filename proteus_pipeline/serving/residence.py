@@ -79,7 +79,7 @@ class Residence(Holdings):
         CacheMemoryError
             As `leased`, and where the call has no room, or other calls leave none in time.
         ProteusError
-            As `leased`, and what computing raises: after an IntegrityError the model is let go.
+            As `leased`.
 
         """
         token = next(self._tokens)
@@ -95,11 +95,6 @@ class Residence(Holdings):
                     if resident is None:
                         place.insist()  # another took its model's room: not twice
             yield resident.encoder
-        except IntegrityError:  # its file was written to: who asks next has it loaded, and checked, anew
-            with self._changed:
-                if resident is not None and self._residents.get(binding.digest) is resident:
-                    self._remove(binding.digest, "invalidated")
-            raise
         finally:
             with self._changed:
                 self._budget.calls.pop(token, None)
@@ -154,7 +149,7 @@ class Residence(Holdings):
         flight, mine = None, False
         try:
             with self._expiring():
-                resident = self._residents.get(digest)
+                resident = self._sound(digest)
                 if counted:
                     self.counts.asked(hit=resident is not None)
                 if resident is not None:
@@ -170,6 +165,17 @@ class Residence(Holdings):
             if flight is not None:
                 self._leave(binding, flight, error, mine=mine)
             raise
+
+    def _sound(self, digest: str) -> Resident | None:
+        """Return a model that is here; one whose file was written to is let go, so that it is loaded, and checked, anew."""
+        resident = self._residents.get(digest)
+        try:
+            if resident is not None:
+                resident.encoder.check_files()
+        except IntegrityError:
+            self._remove(digest, "invalidated")
+            return None
+        return resident
 
     def _leave(self, binding: Binding, flight: Flight[Resident], error: BaseException, *, mine: bool) -> None:
         """End what a thread had of a load that gave it nothing: all of the load if it was its own, else its place in it."""

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
 
 from proteus_pipeline.errors import StorageError
 
@@ -203,22 +202,39 @@ def md5_file(path: Path) -> str:
         raise storage_error("read", path, error) from error
 
 
-class FileState(NamedTuple):
-    """Which file it is, and what changes when somebody writes to it."""
+class OpenFile:
+    """A file opened for reading, whatever its name is by then, and closed when the last who reads it lets go of it.
 
-    device: int
-    inode: int
-    size: int
-    written: int
+    Attributes
+    ----------
+    descriptor
+        Of the open file.
+    size
+        In bytes, when it was opened.
 
-    @classmethod
-    def of(cls, path: Path) -> FileState:
-        """Return a file's; OSError where there is none."""
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.status = os.fstat(self.descriptor)
+        self.size = self.status.st_size
+
+    def is_unchanged(self) -> bool:
+        """Say whether nobody has written to it since; a write through a map of it may be seen late, or never."""
+        return _written(os.fstat(self.descriptor)) == _written(self.status)
+
+    def is_at(self, path: Path) -> bool:
+        """Say whether it is the file that a path means now, unchanged."""
         found = path.stat()
-        return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+        return os.path.samestat(found, self.status) and _written(found) == _written(self.status)
 
-    def is_same_file(self, other: FileState) -> bool:
-        return self[:2] == other[:2]
+    def __del__(self) -> None:
+        with suppress(AttributeError, OSError):  # it may never have been opened
+            os.close(self.descriptor)
+
+
+def _written(status: os.stat_result) -> tuple[int, int]:
+    return status.st_size, status.st_mtime_ns
 
 
 @lru_cache

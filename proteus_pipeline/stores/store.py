@@ -17,7 +17,14 @@ from pathlib import Path
 from typing import Protocol
 
 from proteus_pipeline.errors import StorageError
-from proteus_pipeline.stores.files import TEMPORARY_PREFIX, replace_atomic, stays_mapped, storage_error, write_atomic
+from proteus_pipeline.stores.files import (
+    TEMPORARY_PREFIX,
+    OpenFile,
+    replace_atomic,
+    stays_mapped,
+    storage_error,
+    write_atomic,
+)
 
 _OPEN_FILES = 128
 # A folder's time is that of a clock which ticks every few milliseconds: a file may appear in the tick of the last listing.
@@ -130,18 +137,6 @@ class _LocalFile:
                 self.path.unlink(missing_ok=True)
 
 
-class _Opened:
-    """An open file, closed when the last who reads it lets go of it."""
-
-    def __init__(self, descriptor: int) -> None:
-        self.descriptor = descriptor
-        self.size = os.fstat(descriptor).st_size
-
-    def __del__(self) -> None:
-        with suppress(OSError):
-            os.close(self.descriptor)
-
-
 class LocalStore:
     """A folder on this machine.
 
@@ -156,7 +151,7 @@ class LocalStore:
         self.root = Path(root)
         self.location = str(root)
         # Opening a file takes as long as reading a vector from it.
-        self._open: dict[str, _Opened] = {}
+        self._open: dict[str, OpenFile] = {}
         self._lock = threading.Lock()
 
     def names(self, folder: str) -> set[str]:
@@ -242,11 +237,11 @@ class LocalStore:
         except OSError as error:
             raise storage_error("read", self.root / name, error) from error
 
-    def _opened(self, name: str) -> _Opened:
+    def _opened(self, name: str) -> OpenFile:
         with self._lock:
             known = self._open.get(name)
             if known is None:
-                known = self._open[name] = _Opened(os.open(f"{self.location}/{name}", os.O_RDONLY | os.O_CLOEXEC))
+                known = self._open[name] = OpenFile(f"{self.location}/{name}")
                 if len(self._open) > _OPEN_FILES:
                     del self._open[next(iter(self._open))]  # the oldest: to note each use took a tenth of a read
             return known

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import pickle
@@ -23,7 +24,7 @@ from layouts import contact_head, lm_head, trunk, write_hf
 from proteus_pipeline.errors import IntegrityError
 from proteus_pipeline.models import mapped
 from proteus_pipeline.models.checkpoint import EMBEDDING, Checkpoint, FilesInUse, canonical, component_digests
-from proteus_pipeline.models.encoder import make_encoder
+from proteus_pipeline.models.encoder import Outputs, make_encoder
 from proteus_pipeline.models.fair_esm import to_fair_esm
 from proteus_pipeline.models.folder import write_folder
 from proteus_pipeline.models.mapped import open_mapped
@@ -211,7 +212,7 @@ def test_a_shard_cut_while_it_is_open_ends_in_an_error_and_a_mended_one_is_serve
     fresh = opened(folder, model)
     assert fresh.tensors["esm.encoder.layer.1.LayerNorm.bias"] is not None
     os.truncate(shard, 5000)
-    with pytest.raises(IntegrityError, match="is no longer the file that was opened"):
+    with pytest.raises(IntegrityError, match="it is no longer the file that was opened"):
         fresh.tensors[QUERY]
     shard.unlink()
     shard.write_bytes(whole)
@@ -454,6 +455,47 @@ def test_what_may_change_or_go_or_lies_badly_is_copied(kept: Path, model: Checkp
         make_encoder(gone)
 
 
+def test_no_more_files_stay_open_than_leave_others_some(kept: Path, model: Checkpoint, monkeypatch: pytest.MonkeyPatch):
+    gc.collect()
+    monkeypatch.setattr(mapped, "_MOST_LYING", len(mapped._LYING) + 1)
+    one = make_encoder(opened(kept, model))
+    assert sum(mappings(path) > 0 for path in kept.iterdir()) == 1
+    before = dict(make_encoder(model).encode(["MKTAYIAKQR"], [2]))[0][2]
+    assert np.array_equal(dict(one.encode(["MKTAYIAKQR"], [2]))[0][2], before)
+    del one
+    assert used(kept, model) is not None
+    assert len(mapped._LYING) == mapped._MOST_LYING - 1  # closed with who used it
+
+
+def test_a_mapping_that_is_refused_is_a_copy(kept: Path, model: Checkpoint, monkeypatch: pytest.MonkeyPatch):
+    import safetensors
+
+    def no_room(*_: object, **__: object) -> object:
+        raise RuntimeError("unable to mmap 100 bytes: Cannot allocate memory (12)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(safetensors, "safe_open", no_room)
+        assert used(kept, model) is None
+
+
+def test_a_file_that_is_replaced_as_it_is_opened_is_copied(
+    kept: Path, model: Checkpoint, monkeypatch: pytest.MonkeyPatch
+):
+    import safetensors
+
+    real, whole = safetensors.safe_open, (kept / SHARD).read_bytes()
+
+    def replacing(path: Path, **options: str) -> object:
+        found = real(path, **options)
+        (kept / SHARD).unlink()
+        (kept / SHARD).write_bytes(whole)
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(safetensors, "safe_open", replacing)
+        assert used(kept, model) is None
+
+
 @pytest.mark.parametrize("shift", [0, 3])
 def test_a_flipped_bit_is_not_used_in_place(kept: Path, model: Checkpoint, shift: int):
     whole = bytearray((kept / SHARD).read_bytes())
@@ -468,6 +510,24 @@ def test_a_flipped_bit_is_not_used_in_place(kept: Path, model: Checkpoint, shift
         make_encoder(opened(kept, model))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_of_16_bits_are_copied_and_hashed_once(
+    model: Checkpoint, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    halves = canonical(model.architecture, {n: t.to(dtype) for n, t in model.tensors.items()}, "halves")
+    write_folder(halves, tmp_path / "m")
+    for path in (tmp_path / "m").iterdir():
+        path.chmod(0o444)
+    hashed: list[int] = []
+    real = mapped.digests.of_tensor
+    monkeypatch.setattr(mapped.digests, "of_tensor", lambda *a: hashed.append(len(a[2])) or real(*a))
+    lying = make_encoder(opened(tmp_path / "m", halves))
+    monkeypatch.undo()
+    assert sum(hashed) <= sum(tensor.nbytes for tensor in halves.tensors.values())
+    ours, theirs = (dict(e.encode(["MKTAYIAKQR"], [2]))[0][2] for e in (lying, make_encoder(halves)))
+    assert np.array_equal(ours, theirs)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "mixed", "bf16"])
 def test_weights_in_place_and_copied_give_the_same_bits(kept: Path, model: Checkpoint, precision: str):
     sequences = ["MKTAYIAKQR", "GAVLI" * 30, "W"]
@@ -480,20 +540,54 @@ def test_weights_in_place_and_copied_give_the_same_bits(kept: Path, model: Check
     assert mappings(kept / SHARD) == 0
 
 
-def test_a_file_that_is_written_to_in_use_gives_no_more_numbers(kept: Path, model: Checkpoint):
+def write_into(path: Path) -> None:
+    path.chmod(0o644)
+    with path.open("r+b") as file:
+        file.seek(-4, os.SEEK_END)
+        file.write(b"\1\2\3\4")
+    path.chmod(0o444)
+
+
+@pytest.mark.parametrize("then", ["", "it is removed", "it is mended under its name"])
+def test_a_file_that_is_written_to_in_use_gives_no_more_numbers(kept: Path, model: Checkpoint, then: str):
+    whole = (kept / SHARD).read_bytes()
     encoder = make_encoder(opened(kept, model))
     again = pickle.loads(pickle.dumps(encoder))
     before = dict(encoder.encode(["MKTAYIAKQR"], [2]))
-    (kept / SHARD).chmod(0o644)
-    with (kept / SHARD).open("r+b") as file:
-        file.seek(-4, os.SEEK_END)
-        file.write(b"\1\2\3\4")
-    (kept / SHARD).chmod(0o444)
-    for _ in range(2):
+    write_into(kept / SHARD)
+    if then:
+        (kept / SHARD).rename(kept / "quarantined")
+    if then == "it is mended under its name":
+        (kept / SHARD).write_bytes(whole)
+    for act in (lambda: list(encoder.encode(["MKTAYIAKQR"], [2])), encoder.check_files, lambda: pickle.dumps(encoder)):
         with pytest.raises(IntegrityError) as caught:
-            list(encoder.encode(["MKTAYIAKQR"], [2]))
-        assert str(caught.value) == f"m@v1.0.0 was changed while it was in use ({SHARD}); fetch it again"
+            act()
+        said = f"m@v1.0.0 was changed while it was in use ({SHARD}); fetch it again, and load it again"
+        assert str(caught.value) == said
     assert np.array_equal(dict(again.encode(["MKTAYIAKQR"], [2]))[0][2], before[0][2])  # it has copies
+
+
+def test_heads_are_copies(kept: Path, model: Checkpoint):
+    encoder = make_encoder(opened(kept, model))
+    outputs, nbytes = Outputs(logits=True, contacts=True), encoder.nbytes
+    [(_, before)] = encoder.compute(["MKTAYIAKQR"], outputs)
+    assert encoder.nbytes > nbytes
+    for shard in ("model-lm-head", "model-contact-head", "model-embeddings"):
+        write_into(kept / f"{shard}.safetensors")
+    [(_, after)] = encoder.compute(["MKTAYIAKQR"], outputs)
+    assert np.array_equal(before.logits, after.logits)
+    assert np.array_equal(before.contacts, after.contacts)
+
+
+def test_a_file_that_is_cut_while_it_is_loaded_ends_in_an_error(kept: Path, model: Checkpoint):
+    tensors, in_use = opened(kept, model).tensors, FilesInUse()
+    assert isinstance(tensors, mapped.MappedTensors)
+    assert tensors.in_place("esm.encoder.layer.1.attention.output.dense.weight", in_use) is not None
+    (kept / SHARD).chmod(0o644)
+    os.truncate(kept / SHARD, 1000)
+    (kept / SHARD).chmod(0o444)
+    with pytest.raises(IntegrityError, match="it is no longer the file that was opened"):
+        tensors.in_place(OUTPUT, in_use)  # a page beyond its end would end the process
 
 
 def test_a_file_that_is_removed_or_replaced_in_use_stays_what_it_was(kept: Path, model: Checkpoint):
@@ -511,7 +605,11 @@ def test_a_file_that_changed_between_two_of_its_tensors_is_noticed(kept: Path, m
     assert tensors.in_place(OUTPUT, in_use) is not None
     in_use.check()
     tensors.let_go()
-    os.utime(kept / SHARD, (0, 0))
+    write_into(kept / SHARD)
+    whole = (kept / SHARD).read_bytes()
+    (kept / SHARD).unlink()
+    (kept / SHARD).write_bytes(whole)
+    (kept / SHARD).chmod(0o444)
     assert tensors.in_place("esm.encoder.layer.1.intermediate.dense.weight", in_use) is not None
     with pytest.raises(IntegrityError, match="was changed while it was in use"):
         in_use.check()

@@ -140,27 +140,72 @@ def test_a_file_that_was_changed_is_not_served_as_what_it_was(register: Register
     )
 
 
-def test_a_version_whose_file_is_written_to_is_let_go_and_checked_anew(register: Register):
+@pytest.fixture
+def shard(register: Register) -> tuple[ModelVersionManager, Path]:
+    """A registry, and the file in DVC's cache of a block of m@v1.0.0."""
     manager = register()
+    return manager, manager.get_version("m", "1.0.0").files["model-layer-0.safetensors"].resolve()
+
+
+def write_into(path: Path, data: bytes, at: int = 0) -> None:
+    path.chmod(0o644)
+    with path.open("r+b") as file:
+        file.seek(at, os.SEEK_SET if at >= 0 else os.SEEK_END)
+        file.write(data)
+    path.chmod(0o444)
+
+
+def test_a_version_whose_file_is_written_to_is_let_go_and_checked_anew(shard: tuple[ModelVersionManager, Path]):
+    manager, path = shard
     cache = ModelCacheManager(version_manager=manager)
     model, (before,) = cache.get_or_load("m@v1.0.0"), cache.get_or_load("m@v1.0.0").embed([PROTEIN])
-    shard = manager.get_version("m", "1.0.0").files["model-layer-0.safetensors"].resolve()
-    whole = shard.read_bytes()
-    shard.chmod(0o644)
-    with shard.open("r+b") as file:
-        file.write(b"\1" * 8)
-    with pytest.raises(IntegrityError, match="was changed while it was in use"):
-        model.embed([PROTEIN])
+    other = cache.get_or_load("lab/n")
+    encoder, whole = model.encoder(), path.read_bytes()
+    write_into(path, b"\1" * 8)
+    with pytest.raises(IntegrityError, match=r"was changed while it was in use \(model-layer-0.safetensors\)"):
+        list(encoder.encode([PROTEIN], [1]))
     with pytest.raises(IntegrityError, match="is damaged"):
         model.embed([PROTEIN])
-    with shard.open("r+b") as file:
-        file.write(whole)
-    shard.chmod(0o444)
+    write_into(path, whole)
     time.sleep(1)  # until a failed load may be tried again
     assert np.array_equal(model.embed([PROTEIN])[0], before)
+    assert len(list(model.encoder().encode([PROTEIN], [1]))) == 1
+    assert len(other.embed([PROTEIN])) == 1
     stats = cache.get_cache_stats()
-    assert (stats["loads"], stats["evictions"]["invalidated"]) == (2, 1)
-    assert stats["devices"]["cpu"]["freeing_bytes"] == 0
+    assert (stats["loads"], stats["evictions"]["invalidated"]) == (3, 1)
+    del encoder
+    cache.get_cache_stats()
+    assert cache.get_cache_stats()["devices"]["cpu"]["freeing_bytes"] == 0
+
+
+def test_a_version_that_was_damaged_and_mended_while_it_was_loaded_gives_its_own_numbers(
+    shard: tuple[ModelVersionManager, Path],
+):
+    manager, path = shard
+    cache = ModelCacheManager(version_manager=manager)
+    model, whole = cache.get_or_load("m@v1.0.0"), path.read_bytes()
+    (before,) = model.embed([PROTEIN])
+    write_into(path, b"\1\2\3\4", at=-4)
+    path.rename(path.with_name("quarantined"))  # as a repair does
+    path.write_bytes(whole)
+    assert np.array_equal(model.embed([PROTEIN])[0], before)
+    assert cache.get_cache_stats()["evictions"]["invalidated"] == 1
+
+
+def test_no_copy_is_kept_of_what_was_written_to(
+    shard: tuple[ModelVersionManager, Path], monkeypatch: pytest.MonkeyPatch
+):
+    manager, path = shard
+    monkeypatch.setattr(holdings, "_WORTH", 1e9)
+    monkeypatch.setattr(holdings, "_FASTEST_UNPACKING", 1e15)
+    for written in (False, True):
+        cache = ModelCacheManager(version_manager=manager, eviction_policy="ttl", ttl=0.2)
+        cache.get_or_load("m@v1.0.0")
+        if written:
+            write_into(path, b"\1\2\3\4", at=-4)
+        time.sleep(0.2)
+        stats = cache.get_cache_stats()
+        assert (len(stats["models"]), len(stats["compressed"])) == (0, 0 if written else 1)
 
 
 def test_files_of_fair_esm_are_read_by_many_threads(tmp_path: Path):

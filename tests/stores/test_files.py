@@ -14,11 +14,13 @@ from hypothesis import strategies as st
 
 from proteus_pipeline.errors import StorageError
 from proteus_pipeline.stores.files import (
+    OpenFile,
     atomic_path,
     file_system,
     md5_file,
     replace_atomic,
     sha256_file,
+    stays_mapped,
     storage_error,
     write_atomic,
 )
@@ -206,3 +208,41 @@ def test_the_kind_of_file_system_is_the_mounts(tmp_path: Path):
     assert file_system(os.makedev(99, 99), sample) == ""
     assert file_system(here, tmp_path / "none") == ""
     assert file_system(Path("/proc").stat().st_dev) == "proc"
+
+
+@pytest.mark.parametrize(
+    ("kind", "stays"),
+    [
+        ("ext4", True),
+        ("lustre", True),
+        ("", True),
+        ("nfs4", False),
+        ("cifs", False),
+        ("fuse.sshfs", False),
+        ("9p", False),
+    ],
+)
+def test_what_is_mapped_stays_on_some_file_systems(kind: str, stays: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("proteus_pipeline.stores.files.file_system", lambda _: kind)
+    assert stays_mapped(0) is stays
+
+
+def test_an_open_file_knows_whether_it_was_written_to_whatever_its_name_is(tmp_path: Path):
+    path = tmp_path / "a"
+    path.write_bytes(b"1234")
+    os.utime(path, ns=(0, 0))
+    file = OpenFile(path)
+    assert (file.size, file.is_unchanged(), file.is_at(path)) == (4, True, True)
+    path.rename(tmp_path / "b")
+    path.write_bytes(b"1234")
+    assert (file.is_unchanged(), file.is_at(path)) == (True, False)
+    os.utime(path, ns=(0, 0))
+    assert not file.is_at(path)  # another file, however like it
+    (tmp_path / "b").write_bytes(b"5678")
+    assert (file.is_unchanged(), file.is_at(tmp_path / "b")) == (False, False)
+    descriptor = file.descriptor
+    del file
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptor)
+    with pytest.raises(FileNotFoundError):
+        OpenFile(tmp_path / "c")

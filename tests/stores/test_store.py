@@ -450,7 +450,7 @@ def test_on_nfs_a_mapped_file_may_be_removed_by_another_node(tmp_path: Path, mon
     store = LocalStore(tmp_path)
     store.write("a/b", b"bytes")
     assert isinstance(store.map("a/b"), mmap.mmap)
-    monkeypatch.setattr("proteus_pipeline.stores.store.file_system", lambda _: "nfs4")
+    monkeypatch.setattr("proteus_pipeline.stores.files.file_system", lambda _: "nfs4")
     read = store.map("a/b")
     (tmp_path / "a" / "b").write_bytes(b"")  # where it were mapped, this would kill whoever looks at it
     assert bytes(read) == b"bytes"
