@@ -217,6 +217,27 @@ with interruptions():
     assert run(program) == "interrupted"
 
 
+def test_sigterm_is_told_from_ctrl_c_also_where_it_has_to_wait():
+    program = """
+with interruptions():
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
+        send = functools.partial(signal.raise_signal, number)
+        try:
+            send()
+        except KeyboardInterrupt as error:
+            print(type(error).__name__)
+        condition = threading.Condition()
+        condition._release_save = then(condition._release_save, send)
+        try:
+            with condition:
+                condition.wait(0.5)
+        except KeyboardInterrupt as error:
+            print(type(error).__name__)
+"""
+    names = ["KeyboardInterrupt", "Terminated", "KeyboardInterrupt"]
+    assert run(program).split() == [name for name in names for _ in range(2)]
+
+
 def test_what_was_set_stays():
     program = """
 signal.signal(signal.SIGINT, signal.SIG_IGN)
