@@ -35,6 +35,7 @@ from proteus_pipeline.embeddings.cluster import ClusterOptions, Running
 from proteus_pipeline.embeddings.embedder import embed
 from proteus_pipeline.embeddings.engine import Work
 from proteus_pipeline.embeddings.shard_task import Places, Task, Weights, compute_shard
+from proteus_pipeline.embeddings.shards import shards
 from proteus_pipeline.embeddings.usage import uses
 from proteus_pipeline.errors import ClusterError, ConfigError, IntegrityError, StorageError
 from proteus_pipeline.metrics.lines import by_name
@@ -204,13 +205,16 @@ def poisoned(
 def test_a_shard_that_kills_its_workers_is_tried_3_times_and_the_rest_completes(
     bench: Bench, alone: dict[str, str], poisoned: Callable[..., None], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
-    killer, failing = (list(bench.proteins)[n] for n in (5, 25))
+    # Many shards, and one of each kind: which sequences share a shard is by their keys.
+    named = {RECIPE.key(bench.trunk, sequence): name for name, sequence in bench.proteins.items()}
+    divided = shards({key: bench.proteins[name] for key, name in named.items()}, RECIPE, 500)
+    killer, failing = (named[next(iter(divided[n]))] for n in (1, -2))
     poisoned([bench.proteins[killer]], [bench.proteins[failing]])
     with (
         caplog.at_level(logging.WARNING),
         pytest.raises(ClusterError, match=r"2 of .* shards could not be computed") as caught,
     ):
-        bench.run(replace(LOCAL, shard_tokens=500))  # many shards: which sequences share one is by their keys
+        bench.run(replace(LOCAL, shard_tokens=500))
     attempts = Counter((tmp_path / "attempts").read_text().split())
     assert attempts == {bench.proteins[killer]: 3, bench.proteins[failing]: 3}
     told = [record.getMessage() for record in caplog.records]
