@@ -52,7 +52,7 @@ class Plan:
     seconds: float | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Miss:
     """Why one embedding is not there.
 
@@ -176,7 +176,8 @@ def explain_missing(cache: EmbeddingCache, missing: Mapping[str, str], trunk: st
                 sequence = left.pop(key)
                 same = recipe.identity(len(sequence))["windows"] == other.identity(len(sequence))["windows"]
                 misses.append(Miss(key, sequence, tuple(d for d in differs if d != "policy" or not same), nearest))
-    return misses + [Miss(key, sequence, (NEVER,)) for key, sequence in left.items()]
+    never = (NEVER,)  # one for all: of a first run's
+    return misses + [Miss(key, sequence, never) for key, sequence in left.items()]
 
 
 def _refused(cache: EmbeddingCache, left: Mapping[str, str]) -> list[Miss]:

@@ -119,6 +119,7 @@ class Job:
     lease: Lease
     progress: Progress | None
     hot: HotRun | None = None
+    _shapes: dict[tuple[int, ...], tuple[int, ...]] = field(default_factory=dict)
 
     def run(self, missing: dict[str, str], done: dict[str, Embedded]) -> list[Entry]:
         """Compute what is missing, and publish it as it comes; return what other runs computed in the meantime.
@@ -255,7 +256,8 @@ class Job:
             if lot.publication is None:
                 lot.publication = self.cache.begin(self.trunk, self.recipe)
             content = lot.publication.add(computed.key, computed.array, computed.length, computed.start)
-            done[computed.key] = Embedded(computed.key, computed.array.shape, self.recipe.stored, content)
+            shape = self._shapes.setdefault(computed.array.shape, computed.array.shape)  # pooled, one for all
+            done[computed.key] = Embedded(computed.key, shape, self.recipe.stored, content)
             lot.tokens += computed.tokens
             lot.keys.append(computed.key)
             lot.written_bytes += computed.array.nbytes

@@ -34,7 +34,7 @@ _GROUP = "zarr.json"
 _COMPRESSING = 2
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Placed:
     """Where an entry lies: its bytes in the file, and its row among the segment's entries.
 

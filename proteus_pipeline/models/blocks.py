@@ -36,7 +36,7 @@ class Batch:
     qkv
         (T, 3 D): what attention takes; what it gives lies where the queries were.
     angles
-        (T, D / 2) complex rotations, by the bytes of the frequencies that a block has.
+        (T, head_width / 2) complex rotations, by the bytes of the frequencies that a block has.
     kept
         (T, D) fp32 hidden states by layer, of those that are wanted.
     contacts
@@ -55,6 +55,11 @@ class Batch:
     kept: dict[int, torch.Tensor] = field(default_factory=dict)
     contacts: dict[int, torch.Tensor] = field(default_factory=dict)
     received: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
+
+    def let_go(self) -> None:
+        """Free what only blocks need."""
+        self.qkv = self.qkv.new_empty((0, self.qkv.shape[1]))
+        self.angles.clear()
 
     @property
     def context(self) -> torch.Tensor:
@@ -214,7 +219,8 @@ class Block:
         width = self._arithmetic.architecture.width
         qkv = batch.qkv[rows]
         rotated = qkv[:, : 2 * width].float()  # in fp32, qkv itself
-        pairs = torch.view_as_complex(rotated.view(-1, 2, width // 2, 2))
-        pairs *= batch.angles[self.frequencies][rows].unsqueeze(1)
+        angles = batch.angles[self.frequencies][rows]
+        pairs = torch.view_as_complex(rotated.view(len(rotated), -1, angles.shape[1], 2))
+        pairs *= angles.unsqueeze(1)  # the same for each head; as fast as a table of whole rows, which would be large
         if rotated.dtype != qkv.dtype:
             qkv[:, : 2 * width] = rotated

@@ -177,6 +177,8 @@ class Esm2Encoder:
                 do_all(crew, partial(block.project, batch), batch.tiles)
                 self._attend(batch, number, outputs, crew)
                 do_all(crew, partial(block.finish, batch), batch.tiles)
+                if number == depth:
+                    batch.let_go()
                 if number in wanted:
                     batch.kept[number] = self._layer(batch.x, number, batch.tiles, crew)
             return self._results(batch, outputs, crew)
@@ -235,12 +237,12 @@ class Esm2Encoder:
             batch.received[number, index] = received[1:-1] / (self.architecture.heads * length)
 
     def _layer(self, x: torch.Tensor, number: int, tiles: list[slice], crew: Crew) -> torch.Tensor:
-        """Return a layer's hidden states, fp32; the last one's after the final norm."""
+        """Return a layer's hidden states, fp32; the last one's after the final norm, in the residual's place where that is fp32."""
         import torch
 
         if number < self.architecture.layers:
             return x.to(torch.float32, copy=True)
-        out = torch.empty_like(x, dtype=torch.float32)
+        out = x if x.dtype == torch.float32 else torch.empty_like(x, dtype=torch.float32)
 
         def norm(rows: slice) -> None:
             out[rows] = self._norm_after(x[rows].float())
@@ -277,7 +279,7 @@ class Esm2Encoder:
         Heads are copied when they are first asked for.
         """
         held = self._norm_after.nbytes + sum(block.nbytes for block in self._blocks)
-        first = 4 * _TABLE_ROWS * self.architecture.width
+        first = 4 * _TABLE_ROWS * self.architecture.head_width
         tables = sum(
             self._tables[f].nbytes if f in self._tables else first for f in {b.frequencies for b in self._blocks}
         )
@@ -309,7 +311,7 @@ class Esm2Encoder:
         return self._arithmetic.peak()
 
     def _table(self, frequencies: bytes, length: int) -> torch.Tensor:
-        """Return cos + i sin of position times frequency, (at least `length`, D / 2) complex, once for each head.
+        """Return cos + i sin of position times frequency, (at least `length`, head_width / 2) complex.
 
         The angle is an fp32 product, as in fair-esm; its cosine is taken in fp64 and rounded once.
         """
@@ -324,7 +326,7 @@ class Esm2Encoder:
                 table = (np.cos(angles).astype(np.float32) + 1j * np.sin(angles).astype(np.float32)).astype(
                     np.complex64
                 )
-                known = torch.from_numpy(np.tile(table, (1, self.architecture.heads))).to(self.device)
+                known = torch.from_numpy(table).to(self.device)
                 self._tables[frequencies] = known
         return known
 

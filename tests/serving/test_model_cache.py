@@ -59,6 +59,13 @@ def room_for(count: float) -> float:
     return (count * weight_bytes(architecture, "fp32") + call) / 1e9
 
 
+def residues_for(count: float) -> int:
+    """Return of how many residues a call takes what a usual one does, and so many of the small models."""
+    architecture, threads = make_checkpoint().architecture, torch.get_num_threads()
+    sizes = (activation_bytes(architecture, [n], tokens=TOKENS, threads=threads) for n in range(1, 10_000))
+    return next(n for n, nbytes in enumerate(sizes, 1) if nbytes >= 1e9 * room_for(count))
+
+
 def test_a_name_means_its_current_version_and_a_miss_is_none(cache: ModelCacheManager, registry: ModelVersionManager):
     assert cache.get_cached_model("m") is None
     assert cache.get_cached_model("nobody") is None
@@ -212,7 +219,7 @@ def test_a_model_larger_than_the_budget_lets_nothing_go(registry: ModelVersionMa
     large = ModelInterface("large", registry, weights=tmp_path / "large")
     with pytest.raises(
         CacheMemoryError,
-        match=r"large takes 2.13 MB and a usual call with it \S+ MB, and the limit is \S+ MB \(max_memory_gb\); set max_",
+        match=r"large takes 1.74 MB and a usual call with it \S+ MB, and the limit is \S+ MB \(max_memory_gb\); set max_",
     ):
         cache.cache_model(large)
     assert len(cache.get_cache_stats()["models"]) == 2
@@ -273,8 +280,8 @@ def test_a_call_without_room_is_refused_with_the_numbers_and_lets_nothing_go(reg
     said = r"a call of m@v1\.0\.0 with 2 sequences of at most 20000 residues takes \S+ MB beside \S+ MB of weights, and the "
     with pytest.raises(CacheMemoryError, match=said):
         model.embed([PROTEIN, PROTEIN * 2000])
-    long = PROTEIN * 25
-    with pytest.raises(CacheMemoryError, match=r"a call of .* with 1 sequence of at most 250 residues"):
+    long = "M" * residues_for(0.1)
+    with pytest.raises(CacheMemoryError, match=rf"a call of .* with 1 sequence of at most {len(long)} residues"):
         model.contacts([long])
     assert len(cache.get_cache_stats()["models"]) == 2
     model.embed([long])
@@ -283,8 +290,7 @@ def test_a_call_without_room_is_refused_with_the_numbers_and_lets_nothing_go(reg
 def test_a_call_lets_models_go_that_nobody_uses(registry: ModelVersionManager):
     cache = ModelCacheManager(room_for(2.5), version_manager=registry, tokens_per_batch=TOKENS)
     _, model = cache.preload("m@v1.0.0", "m@v1.1.0")
-    # As many tokens as take the room of a usual call and of one model more.
-    model.embed([PROTEIN * 29])
+    model.embed(["M" * residues_for(1)])
     assert cache.get_cache_stats()["evictions"]["room"] == 1
     assert cache.get_cached_model("m@v1.1.0") is not None
 
