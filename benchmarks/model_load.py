@@ -3,7 +3,7 @@
 A model of the 650M's shape with random weights is saved as fair-esm saves one, and registered from that file; both lie in a
 temporary folder, which takes 6 GB. Each measurement is a process of its own, after ``import torch`` and with the files in the
 page cache: fair-esm's load_model_and_alphabet_local and one protein through it; ModelCacheManager.get_or_load and the same
-protein. The vectors have to agree. Memory is the process's peak, over the bytes of the weights. ``--quick`` takes the 150M's
+protein. The vectors have to agree. Memory is the process's peak, over the bytes of the weights. ``--quick`` takes the 35M's
 shape, whose weights are small beside what a process holds anyway: bars are of the 650M's.
 """
 
@@ -19,8 +19,8 @@ from typing import NamedTuple
 from _figures import Spread, parsed, said
 from _figures import parser as of
 from _processes import PEAK, printed_by
+from _proteins import SHAPES
 
-SHAPES = {"650M": (33, 1280, 20), "150M": (30, 640, 20)}
 FILE = "esm2_t33_650M_UR50D.pt"  # by its name fair-esm knows what is in it
 PROTEIN = "MKTAYIAKQRQISFVKSHFSRQLEERLGLIEVQ"
 PROGRAM = f"""

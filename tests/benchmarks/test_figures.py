@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import random
@@ -82,6 +83,22 @@ def test_quick_gives_other_defaults_and_what_is_written_holds(monkeypatch) -> No
         return parsed(of, count=10).count
 
     assert (count(), count("--quick"), count("--quick", "--count", "5")) == (1000, 10, 5)
+
+
+def test_quick_takes_what_may_be_chosen() -> None:
+    of = parser("A question?")
+    of.add_argument("--shape", default="650M", choices=["650M", "8M"])
+    with pytest.raises(ValueError, match=r"--quick is to take 35M for shape, which is none of \['650M', '8M'\]"):
+        parsed(of, shape="35M")
+
+
+@pytest.mark.parametrize("name", run.programs())
+def test_each_programs_quick_mode_can_be_had(name: str, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("sys.argv", [name, "--quick", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(name).main()
+    assert ended.value.code == 0
+    assert "--quick" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", run.programs())
