@@ -139,14 +139,14 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 def parsed(of: argparse.ArgumentParser, **quick: Any) -> argparse.Namespace:
     """Return the arguments, with other defaults for `--quick`: what is written on the command line holds in any case."""
     of.add_argument("--quick", action="store_true", help=f"less of everything: {quick}")
-    # argparse asks of what is typed whether it may be chosen, and not of defaults.
-    for action in of._actions:  # noqa: SLF001
-        value = quick.get(action.dest)
-        wrong = [v for v in (value if isinstance(value, list) else [value]) if v not in (action.choices or [v])]
-        if action.dest in quick and wrong:
-            raise ValueError(
-                f"--quick is to take {wrong[0]} for {action.dest}, which is none of {list(action.choices or ())}"
-            )
+    # argparse asks of what is typed whether there is such an argument and whether it may be chosen, and not of defaults.
+    actions = {action.dest: action for action in of._actions}  # noqa: SLF001
+    for name, value in quick.items():
+        choices = actions[name].choices if name in actions else ()
+        if wrong := [
+            v for v in (value if isinstance(value, list) else [value]) if choices is not None and v not in choices
+        ]:
+            raise ValueError(f"--quick is to take {wrong[0]} for {name}, which is none of {list(choices or ())}")
     if of.parse_known_args()[0].quick:
         of.set_defaults(**quick)
     return of.parse_args()

@@ -23,6 +23,8 @@ from proteus_pipeline.identity import digests
 from proteus_pipeline.models.architecture import Architecture
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
 
     from proteus_pipeline.stores.files import OpenFile
@@ -68,10 +70,18 @@ def component_of(name: str) -> str:
 
 
 class FilesInUse:
-    """Files that tensors are used in place of. They were checked once, and have to stay what they were."""
+    """Files that tensors are used in place of. They were checked once, and have to stay what they were.
+
+    Attributes
+    ----------
+    opened
+        By their places, while tensors are asked for: what `KnownTensors.in_place` opened, and None for what it may not use.
+
+    """
 
     def __init__(self) -> None:
         self._files: dict[OpenFile, tuple[str, str]] = {}
+        self.opened: dict[Path, tuple[Any, OpenFile] | None] = {}
 
     def add(self, file: OpenFile, what: str, remedy: str) -> None:
         """Add a file that was opened before its tensors were checked; `what` and `remedy` are said when it has changed."""
@@ -85,7 +95,7 @@ class FilesInUse:
 
     def __getstate__(self) -> dict[str, Any]:
         self.check()  # or what was never checked would be copied, and never be again
-        return {"_files": {}}  # the numbers themselves go with a copy of who uses them
+        return {"_files": {}, "opened": {}}  # the numbers themselves go with a copy of who uses them
 
 
 class KnownTensors(Mapping[str, "torch.Tensor"]):

@@ -82,6 +82,7 @@ class Esm2Encoder:
             for block in pool.ahead(lambda i: Block(self._arithmetic, checkpoint.layer(i)), range(a.layers)):
                 self._blocks.append(block)
                 checkpoint.let_go()  # or all weights would be in memory twice: what is mapped, and the copies
+        self._arithmetic.in_use.opened.clear()
         self._tables: dict[bytes, torch.Tensor] = {}
         self._lock = threading.Lock()
 
@@ -180,7 +181,8 @@ class Esm2Encoder:
                 if number == depth:
                     batch.let_go()
                 if number in wanted:
-                    batch.kept[number] = self._layer(batch.x, number, batch.tiles, crew)
+                    batch.kept[number] = self._layer(batch, number, depth, crew)
+            batch.let_go()  # of no block too
             return self._results(batch, outputs, crew)
 
     def _start(self, sequences: list[str]) -> Batch:
@@ -236,18 +238,20 @@ class Esm2Encoder:
         if number in outputs.received:
             batch.received[number, index] = received[1:-1] / (self.architecture.heads * length)
 
-    def _layer(self, x: torch.Tensor, number: int, tiles: list[slice], crew: Crew) -> torch.Tensor:
-        """Return a layer's hidden states, fp32; the last one's after the final norm, in the residual's place where that is fp32."""
+    def _layer(self, batch: Batch, number: int, depth: int, crew: Crew) -> torch.Tensor:
+        """Return a layer's hidden states, fp32, the last one's after the final norm; of block `depth`, whom none follows, in place."""
         import torch
 
+        x = batch.x
+        ends = number == depth and x.dtype == torch.float32
         if number < self.architecture.layers:
-            return x.to(torch.float32, copy=True)
-        out = x if x.dtype == torch.float32 else torch.empty_like(x, dtype=torch.float32)
+            return x if ends else x.to(torch.float32, copy=True)
+        out = x if ends else torch.empty_like(x, dtype=torch.float32)
 
         def norm(rows: slice) -> None:
             out[rows] = self._norm_after(x[rows].float())
 
-        crew.share(norm, tiles)
+        crew.share(norm, batch.tiles)
         return out
 
     def _results(self, batch: Batch, outputs: Outputs, crew: Crew) -> list[Encoded]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 import stat
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,8 +45,9 @@ if TYPE_CHECKING:
     import torch
 
 _NO_LONGER = "it is no longer the file that was opened"
-# Files that are used in place stay open: not more than leave a process its connections, where 1,024 are usual.
+# Files that are used in place.
 _LYING: WeakSet[OpenFile] = WeakSet()
+_ENTERING = threading.Lock()
 _MOST_LYING = 400
 _WRITABLE = stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH
 _DIGEST = re.compile(r"[0-9a-f]{32}")
@@ -108,8 +110,6 @@ class MappedTensors(KnownTensors):
         self._origin, self._remedy = origin, remedy
         self._open: dict[str, tuple[Any, int]] = {}
         self._checked: dict[str, torch.Tensor] = {}
-        # Mappings of their own, so that pages of what is copied can be let go; None where a shard's tensors have to be.
-        self._lasting: dict[str, tuple[Any, OpenFile] | None] = {}
 
     def __getitem__(self, name: str) -> torch.Tensor:
         tensor = self._checked.get(name)
@@ -134,10 +134,11 @@ class MappedTensors(KnownTensors):
         import torch
 
         shard = self._shards[name]
-        try:
-            opened = self._lasting[shard]
-        except KeyError:
-            opened = self._lasting[shard] = self._last(shard)
+        path = self._files[shard]
+        # Mappings of their own, so that pages of what is copied can be let go.
+        if path not in in_use.opened:
+            in_use.opened[path] = _opened(path)
+        opened = in_use.opened[path]
         if opened is None:
             return None
         mapping, file = opened
@@ -163,10 +164,9 @@ class MappedTensors(KnownTensors):
     def let_go(self) -> None:
         self._checked.clear()
         self._open.clear()
-        self._lasting.clear()
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_open": {}, "_checked": {}, "_lasting": {}}  # a copy opens its own
+        return self.__dict__ | {"_open": {}, "_checked": {}}  # a copy opens its own
 
     def _read(self, name: str, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
         try:
@@ -185,25 +185,6 @@ class MappedTensors(KnownTensors):
             raise self._damaged(name, f"its digest is {found}, recorded {expected}")
         return tensor
 
-    def _last(self, shard: str) -> tuple[Any, OpenFile] | None:
-        """Return a shard mapped for tensors that are used in place, and its file; None where none may be."""
-        from safetensors import SafetensorError, safe_open
-
-        path = self._files[shard]
-        try:
-            if len(_LYING) >= _MOST_LYING:
-                return None
-            file = OpenFile(path)
-            if file.status.st_mode & _WRITABLE or not stays_mapped(file.status.st_dev):
-                return None
-            mapping = safe_open(path, framework="pt")
-            if not file.is_at(path):
-                return None
-        except (SafetensorError, OSError, RuntimeError):
-            return None  # who copies it says what is wrong
-        _LYING.add(file)
-        return mapping, file
-
     def _map(self, name: str) -> torch.Tensor:
         from safetensors import safe_open
 
@@ -221,9 +202,34 @@ class MappedTensors(KnownTensors):
 
     def _damaged(self, name: str, reason: str) -> IntegrityError:
         shard = self._shards[name]
-        for opened in (self._open, self._lasting):
-            opened.pop(shard, None)  # so that the next touch finds a shard that was mended meanwhile
+        self._open.pop(shard, None)  # so that the next touch finds a shard that was mended meanwhile
         return IntegrityError(f"{self._origin} is damaged ({name} in {shard}: {reason})", self._remedy)
+
+
+def _opened(path: Path) -> tuple[Any, OpenFile] | None:
+    """Return a shard mapped for tensors that are used in place, and its file; None where none may be."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        file = OpenFile(path)
+        if file.status.st_mode & _WRITABLE or not stays_mapped(file.status.st_dev):
+            return None
+        with _ENTERING:
+            if len(_LYING) >= _most_lying():
+                return None
+            _LYING.add(file)
+        mapping = safe_open(path, framework="pt")
+        return (mapping, file) if file.is_at(path) else None
+    except (SafetensorError, OSError, RuntimeError):
+        return None  # who copies it says what is wrong
+
+
+def _most_lying() -> int:
+    """Return how many files may be used in place, and so stay open: as many as leave a process its connections."""
+    import resource
+
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return _MOST_LYING if soft < 0 else min(_MOST_LYING, soft // 3)  # -1 is no limit
 
 
 def _read_digests(path: Path) -> dict[str, str]:

@@ -60,7 +60,7 @@ class Holdings:
     def peek(self, digest: str) -> bool:
         """Say whether a model is in memory, and count that as a request."""
         with self._expiring():
-            found = digest in self._residents
+            found = self._sound(digest) is not None
             if found:
                 self._use(digest)
             self.counts.asked(hit=found)
@@ -125,6 +125,17 @@ class Holdings:
         with self._changed:
             self._settle()
             yield
+
+    def _sound(self, digest: str) -> Resident | None:
+        """Return a model that is here; one whose file was written to is let go, so that it is loaded, and checked, anew."""
+        resident = self._residents.get(digest)
+        try:
+            if resident is not None:
+                resident.encoder.check_files()
+        except IntegrityError:
+            self._remove(digest, "invalidated")
+            return None
+        return resident
 
     def _lease(self, resident: Resident, count: int = 1) -> None:
         resident.leases += count

@@ -95,6 +95,10 @@ class Residence(Holdings):
                     if resident is None:
                         place.insist()  # another took its model's room: not twice
             yield resident.encoder
+        except IntegrityError:
+            with self._changed:
+                self._sound(binding.digest)
+            raise
         finally:
             with self._changed:
                 self._budget.calls.pop(token, None)
@@ -165,17 +169,6 @@ class Residence(Holdings):
             if flight is not None:
                 self._leave(binding, flight, error, mine=mine)
             raise
-
-    def _sound(self, digest: str) -> Resident | None:
-        """Return a model that is here; one whose file was written to is let go, so that it is loaded, and checked, anew."""
-        resident = self._residents.get(digest)
-        try:
-            if resident is not None:
-                resident.encoder.check_files()
-        except IntegrityError:
-            self._remove(digest, "invalidated")
-            return None
-        return resident
 
     def _leave(self, binding: Binding, flight: Flight[Resident], error: BaseException, *, mine: bool) -> None:
         """End what a thread had of a load that gave it nothing: all of the load if it was its own, else its place in it."""

@@ -31,9 +31,9 @@ from proteus_pipeline.stores.files import write_atomic
 if TYPE_CHECKING:
     import psutil
 
-# In which DVC runs a stage's command.
-_SHELLS = {"sh", "bash", "dash", "zsh", "ksh", "fish"}
-_DVC_ENDS_S, _NEXT_STAGE_S = 1.0, 0.2
+# In which DVC runs a stage's command, beside $SHELL.
+_SHELLS = {"sh", "bash", "dash", "zsh", "ksh", "csh", "tcsh", "fish"}
+_DVC_ENDS_S, _LOOK_S = 1.0, 0.2
 
 
 @dataclass(frozen=True)
@@ -110,46 +110,49 @@ def _reproduce(project: Project, *, force: bool) -> None:
     # The stages call `proteus`: the one beside this interpreter, also where no environment is activated.
     path = os.pathsep.join((os.path.dirname(sys.executable), os.environ.get("PATH", "")))  # noqa: PTH120
     with subprocess.Popen(command, cwd=project.work, env=os.environ | {"PATH": path}) as child:
-        try:
-            code = child.wait()
-        except KeyboardInterrupt as interrupt:
-            # The terminal sent it to DVC and the stage too: they finish what they hold and let go of their locks.
-            if isinstance(interrupt, Terminated):
-                _hand_on(child)
-            child.wait()
-            raise
+        code = _ended(child)
     if code:
         raise ProteusError("the pipeline did not finish", "the lines above say which stage failed, and why")
 
 
-def _hand_on(dvc: subprocess.Popen[bytes]) -> None:
-    """Have a run end that this process alone was told to end, by ``kill`` or as the first process of a container.
+def _ended(dvc: subprocess.Popen[bytes]) -> int:
+    """Wait until DVC has ended, interrupted or not, and return its code; an interruption is raised then.
 
-    DVC ends at once of a SIGTERM: where it is still there, the stages were not told either. They are told, and not DVC, which
-    would leave them behind: it ends as its stage fails.
+    A terminal sends its Ctrl-C to DVC and the stage too: they finish what they hold and let go of their locks. A SIGTERM may be this
+    process's alone, of ``kill`` or as the first process of a container. DVC ends at once of one: where it is still there, the
+    stages were not told either. Then they are told, and not DVC, which would leave them behind: it ends as its stage fails.
     """
     import psutil
 
-    told: set[int] = set()
-    seconds = _DVC_ENDS_S
+    first: KeyboardInterrupt | None = None
+    tell: float | None = None
+    told: set[psutil.Process] = set()
     while True:
         try:
-            dvc.wait(timeout=seconds)
+            if tell is not None and time.monotonic() >= tell:
+                with suppress(psutil.Error):
+                    for stage in _commands(psutil.Process(dvc.pid)):
+                        if stage not in told:
+                            told.add(stage)
+                            stage.terminate()
+            code = dvc.wait(timeout=None if tell is None else _LOOK_S)
+            break
         except subprocess.TimeoutExpired:
-            seconds = _NEXT_STAGE_S
-        else:
-            return
-        with suppress(psutil.NoSuchProcess):
-            for stage in _commands(psutil.Process(dvc.pid)):
-                if stage.pid not in told:
-                    told.add(stage.pid)
-                    stage.terminate()
+            continue
+        except Terminated as interrupt:
+            first = first or interrupt
+            tell = time.monotonic() + (_DVC_ENDS_S if tell is None else 0)  # who says it twice is in a hurry
+        except KeyboardInterrupt as interrupt:
+            first = first or interrupt
+    if first is not None:
+        raise first
+    return code
 
 
 def _commands(process: psutil.Process) -> Iterator[psutil.Process]:
     """Yield the commands that a process runs, not the shells that it runs them in."""
     for child in process.children():
-        if child.name() in _SHELLS:
+        if child.name() in {*_SHELLS, os.path.basename(os.environ.get("SHELL", ""))}:  # noqa: PTH119 - it may be empty
             yield from _commands(child)
         else:
             yield child

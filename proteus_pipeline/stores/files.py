@@ -220,8 +220,14 @@ class OpenFile:
         self.size = self.status.st_size
 
     def is_unchanged(self) -> bool:
-        """Say whether nobody has written to it since; a write through a map of it may be seen late, or never."""
-        return _written(os.fstat(self.descriptor)) == _written(self.status)
+        """Say whether nobody has written to it since; a write through a map of it may be seen late, or never.
+
+        Not, where its file system can't say.
+        """
+        try:
+            return _written(os.fstat(self.descriptor)) == _written(self.status)
+        except OSError:
+            return False
 
     def is_at(self, path: Path) -> bool:
         """Say whether it is the file that a path means now, unchanged."""

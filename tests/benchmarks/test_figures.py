@@ -90,6 +90,8 @@ def test_quick_takes_what_may_be_chosen() -> None:
     of.add_argument("--shape", default="650M", choices=["650M", "8M"])
     with pytest.raises(ValueError, match=r"--quick is to take 35M for shape, which is none of \['650M', '8M'\]"):
         parsed(of, shape="35M")
+    with pytest.raises(ValueError, match="--quick is to take 1 for shapes"):
+        parsed(parser("A question?"), shapes=1)
 
 
 @pytest.mark.parametrize("name", run.programs())

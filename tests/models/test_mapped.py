@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import os
@@ -605,12 +606,44 @@ def test_a_file_that_changed_between_two_of_its_tensors_is_noticed(kept: Path, m
     assert isinstance(tensors, mapped.MappedTensors)
     assert tensors.in_place(OUTPUT, in_use) is not None
     in_use.check()
-    tensors.let_go()
     write_into(kept / SHARD)
     whole = (kept / SHARD).read_bytes()
     (kept / SHARD).unlink()
     (kept / SHARD).write_bytes(whole)
     (kept / SHARD).chmod(0o444)
-    assert tensors.in_place("esm.encoder.layer.1.intermediate.dense.weight", in_use) is not None
+    other = "esm.encoder.layer.1.intermediate.dense.weight"
+    with pytest.raises(IntegrityError, match="it is no longer the file that was opened"):
+        tensors.in_place(other, in_use)
+    in_use.opened.clear()
+    assert tensors.in_place(other, in_use) is not None
     with pytest.raises(IntegrityError, match="was changed while it was in use"):
         in_use.check()
+
+
+def test_threads_that_load_open_each_file_once(kept: Path, model: Checkpoint, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("proteus_pipeline.models.esm2.thread_count", lambda: 2)
+    gc.collect()
+    before = len(mapped._LYING)
+    for _ in range(20):
+        encoder = make_encoder(opened(kept, model))
+        assert len(mapped._LYING) == before + model.architecture.layers
+        del encoder
+
+
+def test_few_files_stay_open_where_few_may_be(monkeypatch: pytest.MonkeyPatch):
+    for soft, most in ((256, 85), (1 << 20, 400), (-1, 400)):
+        monkeypatch.setattr("resource.getrlimit", lambda _, soft=soft: (soft, soft))
+        assert mapped._most_lying() == most
+
+
+def test_a_file_whose_state_nobody_can_tell_is_not_vouched_for(
+    kept: Path, model: Checkpoint, monkeypatch: pytest.MonkeyPatch
+):
+    encoder = make_encoder(opened(kept, model))
+
+    def stale(_: int) -> os.stat_result:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(os, "fstat", stale)
+    with pytest.raises(IntegrityError, match="was changed while it was in use"):
+        encoder.check_files()

@@ -164,6 +164,7 @@ def test_a_version_whose_file_is_written_to_is_let_go_and_checked_anew(shard: tu
     write_into(path, b"\1" * 8)
     with pytest.raises(IntegrityError, match=r"was changed while it was in use \(model-layer-0.safetensors\)"):
         list(encoder.encode([PROTEIN], [1]))
+    assert cache.get_cached_model("m@v1.0.0") is None
     with pytest.raises(IntegrityError, match="is damaged"):
         model.embed([PROTEIN])
     write_into(path, whole)
@@ -190,6 +191,24 @@ def test_a_version_that_was_damaged_and_mended_while_it_was_loaded_gives_its_own
     path.write_bytes(whole)
     assert np.array_equal(model.embed([PROTEIN])[0], before)
     assert cache.get_cache_stats()["evictions"]["invalidated"] == 1
+
+
+def test_a_version_that_is_written_to_while_it_computes_is_let_go(
+    shard: tuple[ModelVersionManager, Path], monkeypatch: pytest.MonkeyPatch
+):
+    manager, path = shard
+    cache = ModelCacheManager(version_manager=manager)
+    model, real = cache.get_or_load("m@v1.0.0"), Esm2Encoder._forward
+
+    def written_to(*args: object) -> object:
+        write_into(path, b"\1\2\3\4", at=-4)
+        return real(*args)
+
+    monkeypatch.setattr(Esm2Encoder, "_forward", written_to)
+    with pytest.raises(IntegrityError, match="was changed while it was in use"):
+        model.embed([PROTEIN])
+    stats = cache.get_cache_stats()
+    assert (stats["models"], stats["evictions"]["invalidated"]) == ({}, 1)
 
 
 def test_no_copy_is_kept_of_what_was_written_to(
