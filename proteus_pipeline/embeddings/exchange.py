@@ -116,7 +116,7 @@ def _whole(files: set[str], there: Visible) -> set[str]:
 def _has_all(files: set[str], there: Visible, index: Index, rows: NDArray[np.int64]) -> bool:
     """Say whether a cache has the very numbers of all these entries, in other segments perhaps."""
     keys = key_strings(index.keys(rows))
-    wanted = {key: index.record(int(row))[2].hex() for key, row in zip(keys, rows, strict=True)}
+    wanted = {key: index.record(int(row))[3].hex() for key, row in zip(keys, rows, strict=True)}
     found = there.find(list(wanted), mine=lambda: "")
     have = {(e.key, e.content) for e in found.entries() if e.segment in files}
     return all(pair in have for pair in wanted.items())

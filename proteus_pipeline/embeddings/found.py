@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from proteus_pipeline.embeddings.index import Attestation, Index, SegmentHeader
+from proteus_pipeline.embeddings.index import Attestation, Index, Record, SegmentHeader
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -94,9 +94,10 @@ class Found:
     def entries(self) -> Iterator[Entry]:
         """Yield all entries, those of one key together, the best first."""
         for source, row, position in zip(self.source, self.row, self.position, strict=True):
-            yield entry_of(self.keys[position], self.indexes[source], int(row))
+            index = self.indexes[source]
+            yield entry_of(self.keys[position], index, index.record(int(row)))
 
-    def places(self) -> Iterator[tuple[str, list[str], list[int], list[str]]]:
+    def places(self) -> Iterator[tuple[str, list[str], list[int], list[bytes]]]:
         """Yield where the best entries lie: a segment, its keys, their offsets, sorted, and their content hashes."""
         first = np.flatnonzero(np.diff(self.position, prepend=-1))
         for source, index in enumerate(self.indexes):
@@ -109,8 +110,8 @@ class Found:
             numbers, firsts = np.unique(records["segment"], return_index=True)
             for number, start, end in zip(numbers, firsts, [*firsts[1:], len(here)], strict=True):
                 some = records[start:end]
-                hashes = some["content"].tobytes().hex()
-                contents = [hashes[i : i + 32] for i in range(0, len(hashes), 32)]
+                hashes = some["content"].tobytes()
+                contents = [hashes[i : i + 16] for i in range(0, len(hashes), 16)]
                 keys = [self.keys[i] for i in self.position[here[start:end]].tolist()]
                 yield index.segments[number].segment, keys, some["offset"].tolist(), contents
 
@@ -118,12 +119,13 @@ class Found:
         """Yield each key's best entry."""
         first = np.flatnonzero(np.diff(self.position, prepend=-1))
         for i in first:
-            yield entry_of(self.keys[self.position[i]], self.indexes[self.source[i]], int(self.row[i]))
+            index = self.indexes[self.source[i]]
+            yield entry_of(self.keys[self.position[i]], index, index.record(int(self.row[i])))
 
 
-def entry_of(key: str, index: Index, row: int) -> Entry:
-    """Return the entry that a row of an index describes."""
-    offset, nbytes, content, place, length, number = index.record(row)
+def entry_of(key: str, index: Index, record: Record) -> Entry:
+    """Return the entry that a record of an index describes."""
+    _, offset, nbytes, content, row, length, number = record
     header = index.segments[number]
     a: Attestation = header.attestation
     return Entry(
@@ -137,5 +139,5 @@ def entry_of(key: str, index: Index, row: int) -> Entry:
         header.segment,
         offset,
         nbytes,
-        place,
+        row,
     )

@@ -370,6 +370,7 @@ def visible_entries(
     index, rows = where[segment]
     hidden = {k for e in cache.visible.events if e.kind == "quarantined" for k in e.segments.get(segment, ())}
     entries = {
-        key: entry_of(key, index, int(row)) for key, row in zip(key_strings(index.keys(rows)), rows, strict=True)
+        key: entry_of(key, index, index.record(int(row)))
+        for key, row in zip(key_strings(index.keys(rows)), rows, strict=True)
     }
     return sorted((e for key, e in entries.items() if key not in hidden), key=lambda e: e.offset)

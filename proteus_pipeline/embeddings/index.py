@@ -47,8 +47,9 @@ _NAME = re.compile(r"\d{1,20}-[0-9a-z]{1,32}\.zip", re.ASCII)
 _MAGIC = b"PROTEIX" + bytes([FORMAT])
 _HEAD = struct.Struct("<8sII16s")
 HEAD_BYTES = _HEAD.size
-_LOW = struct.Struct("<Q")
-_RECORD = struct.Struct("<8xQQ16sIII4x")
+_RECORD = struct.Struct("<QQQ16sIII4x")
+Record = tuple[int, int, int, bytes, int, int, int]
+"""The low half of the key, offset, nbytes, content hash, row, length and segment number."""
 RECORD = np.dtype(
     [
         ("low", "<u8"), ("offset", "<u8"), ("nbytes", "<u8"), ("content", "V16"),
@@ -295,20 +296,21 @@ class Index:
         every, at = (np.concatenate(column) for column in zip(*found, strict=True))
         return every, at
 
-    def find_one(self, high: int, low: int) -> int:
-        """Return the row of one key, or -1; for one key, in a twentieth of the time that `find` takes."""
-        highs, total = self._highs, len(self._highs)
+    def find_one(self, high: int, low: int) -> tuple[int, Record] | None:
+        """Return the row of one key, and what is there; for one key, in a twentieth of the time that `locate` takes."""
+        highs, total, reach = self._highs, len(self.high), self._reach
         # Keys are digests, so evenly spread: a key lies within a few square roots of where its value says.
-        about, reach = (high * total) >> 64, self._reach
-        first, last = max(0, about - reach), min(total, about + reach)
-        row = bisect_left(highs, high, first, last)
-        if (row == first and first) or (row == last and last < total):
+        first = (high * total >> 64) - reach
+        last = first + 2 * reach
+        row = bisect_left(highs, high, first, last) if first >= 0 and last <= total else bisect_left(highs, high)
+        if row in {first, last}:
             row = bisect_left(highs, high)
-        while row < len(highs) and highs[row] == high:
-            if _LOW.unpack_from(self._mapped, self._records_at + row * RECORD.itemsize)[0] == low:
-                return row
+        while row < total and highs[row] == high:
+            record = self.record(row)
+            if record[0] == low:
+                return row, record
             row += 1
-        return -1
+        return None
 
     @cached_property
     def _reach(self) -> int:
@@ -318,9 +320,9 @@ class Index:
     def _records_at(self) -> int:
         return self.nbytes - self.records.nbytes
 
-    def record(self, row: int) -> tuple[int, int, bytes, int, int, int]:
-        """Return a row's offset, nbytes, content hash, row, length and segment number."""
-        record: tuple[int, int, bytes, int, int, int] = _RECORD.unpack_from(self._mapped, self._records_at + row * 56)
+    def record(self, row: int) -> Record:
+        """Return what is in a row."""
+        record: Record = _RECORD.unpack_from(self._mapped, self._records_at + row * _RECORD.size)
         return record
 
     def keys(self, rows: NDArray[np.integer[Any]] | slice = slice(None)) -> NDArray[np.void]:

@@ -21,6 +21,7 @@ from proteus_pipeline.embeddings.index import (
     INDEXES,
     RUNS,
     Index,
+    Record,
     SegmentHeader,
     key_array,
 )
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 _KINDS = {INDEXES: ".idx", RUNS: ".run"}
 _ATTEMPTS = 20
+_LOW = (1 << 64) - 1
 _log = logging.getLogger(__name__)
 
 
@@ -48,9 +50,9 @@ class _Loaded:
     published: NDArray[np.int64] = field(init=False)
     whole: bool = False
 
-    def shows(self, row: int) -> bool:
-        """Say whether a row is visible."""
-        number = self.index.record(row)[5]
+    def shows(self, row: int, record: Record) -> bool:
+        """Say whether a row, and what is in it, is visible."""
+        number = record[6]
         return number < len(self.hidden) and not self.hidden[number] and not (len(self.dead) and row in self.dead)
 
     def __post_init__(self) -> None:
@@ -75,13 +77,13 @@ class Visible:
         self.beside: Visible | None = above
         if above:
             above.beside = self
-        # How often its own events have changed, and those of both when they were last applied.
+        # How often its own events have changed, and those of both together when they were last applied.
         self.changes = 0
-        self._applied = (0, 0)
+        self._applied = 0
         self._loaded: dict[str, _Loaded | None] = {}
         self._events: dict[str, CacheEvent] = {}
         self._marks: dict[str, object] = {}
-        self._newest: list[_Loaded] | None = None
+        self._largest: list[_Loaded] | None = None
         self._headers: dict[str, SegmentHeader] | None = None
 
     @property
@@ -159,7 +161,7 @@ class Visible:
         seen: set[str] = set()
         for loaded in filter(None, self._loaded.values()):
             names = [s.segment for s in loaded.index.segments]
-            dead = Counter(names[loaded.index.record(int(row))[5]] for row in loaded.dead)
+            dead = Counter(names[loaded.index.record(int(row))[6]] for row in loaded.dead)
             counts.update({name: number for name, number in dead.items() if name not in seen})
             seen |= set(names)
         return counts
@@ -204,7 +206,7 @@ class Visible:
                     with suppress(FileNotFoundError):  # removed since
                         self._events[name] = read_event(self._store, name)
             self._marks[folder] = mark
-        applied = (self.changes, self.beside.changes if self.beside else 0)
+        applied = self.changes + (self.beside.changes if self.beside else 0)
         if applied != self._applied:
             for loaded in self._loaded.values():
                 if loaded:
@@ -213,7 +215,7 @@ class Visible:
 
     def _load(self, names: set[str]) -> bool:
         """Open what is new of these files; False where one of them is gone, and the list is old."""
-        self._newest = self._headers = None
+        self._largest = self._headers = None
         for name in self._loaded.keys() - names:
             del self._loaded[name]
         for name in sorted(names - self._loaded.keys()):
@@ -236,7 +238,7 @@ class Visible:
 
     def forget(self) -> None:
         """See nothing, until the next `refresh`."""
-        self._newest = self._headers = None
+        self._largest = self._headers = None
         self._loaded.clear()
         self._marks.clear()
 
@@ -288,24 +290,26 @@ class Visible:
         return Found(keys, position[sort], source[sort], row[sort], found.indexes)
 
     def find_one(self, key: str) -> Entry | None:
-        """Return the newest visible entry of one key, where all entries are of one device class; else None.
+        """Return a visible entry of one key, where all entries are of one device class; else None.
 
         None also where the key has no entry that was seen at the last `refresh`.
         """
         place = self.locate_one(key)
         return entry_of(key, *place) if place else None
 
-    def locate_one(self, key: str) -> tuple[Index, int] | None:
-        """Return the index that has what `find_one` returns, and its row there."""
-        if self._newest is None:
+    def locate_one(self, key: str) -> tuple[Index, Record] | None:
+        """Return the index that has what `find_one` returns, and what it says of it."""
+        if self._largest is None:
             classes = {s.attestation.device_class for one in self._loaded.values() if one for s in one.index.segments}
-            newest = (one for one in self._loaded.values() if one and len(one.published))
-            self._newest = sorted(newest, key=lambda one: -int(one.published.max())) if len(classes) < 2 else []
-        high, low = int(key[:16], 16), int(key[16:], 16)
-        for one in self._newest:
-            row = one.index.find_one(high, low)
-            if row >= 0 and (one.whole or one.shows(row)):
-                return one.index, row
+            ours = [one for one in self._loaded.values() if one] if len(classes) < 2 else []
+            # A key is most likely in the largest, and each search among others waits for memory that is seldom used.
+            self._largest = sorted(ours, key=lambda one: -len(one.index.high))
+        number = int(key, 16)
+        high, low = number >> 64, number & _LOW
+        for one in self._largest:
+            found = one.index.find_one(high, low)
+            if found and (one.whole or one.shows(*found)):
+                return one.index, found[1]
         return None
 
     @staticmethod

@@ -59,6 +59,38 @@ def test_fp16_rounds_as_numpy_does_and_keeps_infinities():
     )
 
 
+@pytest.mark.filterwarnings("error")
+def test_large_arrays_go_by_torch_and_have_numpys_bits(monkeypatch: pytest.MonkeyPatch):
+    import torch
+
+    values = patterns()
+    values = values[np.abs(values) < 65520].copy()
+    values.flags.writeable = False
+    every = np.tile(np.arange(1 << 16, dtype="<u2").view("<f2"), (3, 1))
+    sound = ~np.isnan(every[0])
+    cuts = [
+        (values, every),
+        (values[::2], every.T),
+        (values[:16385], every[:, 1:]),
+        (values[:40960].reshape(-1, 320), every),
+    ]
+    torches = torch.from_numpy
+    for narrow, wide in cuts:
+        used: list[int] = []
+        monkeypatch.setattr(torch, "from_numpy", lambda a, used=used: used.append(a.size) or torches(a))
+        assert to_stored(narrow, "fp16").tobytes() == narrow.astype("<f2").tobytes()
+        got, expected = to_fp32(wide, "fp16"), wide.astype("<f4")
+        assert got.shape == wide.shape
+        assert len(used) == 4
+        same = got.view("<u4") == expected.view("<u4")
+        assert (same | np.isnan(expected)).all()
+        assert np.isnan(got[np.isnan(expected)]).all()
+    assert sound.sum() == 65536 - 2 * 1023
+    # What is no number has numpy's bits, whether torch is loaded or not.
+    odd = np.concatenate([values, np.array([np.nan, np.inf], dtype="<f4")])
+    assert to_stored(odd, "fp16").tobytes() == odd.astype("<f2").tobytes()
+
+
 @pytest.mark.parametrize("company", [[], [np.inf], [np.nan]])
 def test_a_value_beyond_fp16_is_an_error_in_any_company(company: list[float]):
     with pytest.raises(ProteusError, match=r"-70000 does not fit into fp16; use embedding.stored=bf16"):
