@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from proteus_pipeline.embeddings.computing import Embedded, Progress, spans_of, tokens_of
 from proteus_pipeline.embeddings.deriving import derive, sources
 from proteus_pipeline.embeddings.engine import Done, Engine, LocalEngine, Work
-from proteus_pipeline.embeddings.explaining import Miss, counts, explain_missing
+from proteus_pipeline.embeddings.explaining import MOST_EXPLAINED, Miss, counts, explain_missing
 from proteus_pipeline.embeddings.hot import PORTION, HotRun, alike
 from proteus_pipeline.embeddings.index import Attestation, now
 from proteus_pipeline.embeddings.leases import Lease
@@ -61,7 +61,7 @@ class Outcome:
     misses
         How many were computed for which reason: `proteus_pipeline.embeddings.explaining.Miss.differs`.
     explained
-        Why each of them was.
+        Why each of them was, of the first `MOST_EXPLAINED`: of millions, that would be more than all else that a run remembers.
 
     """
 
@@ -174,6 +174,8 @@ def embed_by(
         missing = {key: s for key, s in missing.items() if key not in done}
         tokens = sum(tokens_of(spans_of(s, recipe)) for s in missing.values())
         why = explain_missing(cache, missing, trunk, recipe)
+        misses, explained = counts(why), tuple(why[:MOST_EXPLAINED])
+        del why
         work = Work(trunk, recipe, cache, missing, tokens, lease, progress, len(by_key), len(read), hot)
         computing = _compute(engine, work)
         done |= computing.entries
@@ -198,9 +200,9 @@ def embed_by(
         saved_seconds=sum(e.seconds for e in read),
         workers=computing.workers,
         from_redis=len(fetched),
-        misses=counts(why),
+        misses=misses,
         saved_gpu_seconds=sum(e.seconds for e in read if on_gpu(e.device_class)),
-        explained=tuple(why),
+        explained=explained,
         other_classes=_of_others(cache, read),
     )
 

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from proteus_pipeline.embeddings.index import SegmentHeader
 
 NEVER = "never seen"
+# So many computed proteins are explained one by one, in results/run.json; all of them are counted.
+MOST_EXPLAINED = 200
 DEVICE_CLASS = "device class"
 _COMPONENTS = ("layer", "pooling", "precision", "numerics", "stored", "engine")
 

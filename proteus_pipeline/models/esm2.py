@@ -121,7 +121,9 @@ class Esm2Encoder:
         lengths = [len(s) + 2 for s in sequences]
         run = partial(self._run, sequences, outputs)
         if not self._on_cpu:
-            for batch in plan_batches(lengths, token_budget):
+            # A tile is filled up in strict, whatever a batch has.
+            least = self._arithmetic.tiles[-1] if self._strict else 0
+            for batch in plan_batches(lengths, max(token_budget, least)):
                 yield from run(Alone(), batch)
             return
         count = thread_count()

@@ -363,7 +363,7 @@ def _check_runtime(runtime: RuntimeSettings) -> None:
     if runtime.threads is not None and runtime.threads < 1:
         raise ConfigError(f"runtime.threads is {runtime.threads}", "use 1 or more, or null for torch's own choice")
     if runtime.tokens_per_batch < 1:
-        raise ConfigError(f"runtime.tokens_per_batch is {runtime.tokens_per_batch}", "use 1 or more; 2048 suits a CPU")
+        raise ConfigError(f"runtime.tokens_per_batch is {runtime.tokens_per_batch}", "use 1 or more; 1536 suits a CPU")
     if runtime.max_memory_gb is not None:
         check_number("runtime.max_memory_gb", runtime.max_memory_gb, above=0)
 

@@ -21,9 +21,6 @@ if TYPE_CHECKING:
     from proteus_pipeline.models.encoder import Encoder
     from proteus_pipeline.registry.version import ModelVersion
 
-# So many computed proteins are explained one by one in results/run.json; all of them are counted.
-MOST_MISSED = 200
-
 
 def run(project: Project, progress: Progress | None = None) -> Outcome:
     """Embed the prepared sequences, and write the manifest."""
@@ -186,7 +183,7 @@ def attributed(
             "nearest": m.nearest and dict(m.nearest),
             "detail": m.detail,
         }
-        for m in outcome.explained[:MOST_MISSED]
+        for m in outcome.explained
     ]
     seconds = round(outcome.seconds, 3) if on_gpu(made_on) else 0.0
     return {"device_class": made_on, "gpu_seconds": seconds, "missed": missed}

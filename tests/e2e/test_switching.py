@@ -47,7 +47,7 @@ def test_to_the_tag_and_back_computes_nothing_and_stays_clean(clone: Clone) -> N
         ("conf/probe/default.yaml", "folds: 5", "folds: 3", {"probe", "compare", "report"}),
         ("conf/embedding/default.yaml", "pooling: mean", "pooling: max", {"embed", "probe", "compare", "report"}),
         ("conf/data/demo.yaml", "max_length: 1022", "max_length: 2000", {"prepare", "report"}),
-        ("conf/runtime/default.yaml", "tokens_per_batch: 2048", "tokens_per_batch: 4096", set()),
+        ("conf/runtime/default.yaml", "tokens_per_batch: 1536", "tokens_per_batch: 4096", set()),
         ("conf/config.yaml", "# A version:", "# a comment\n# A version:", set()),
     ],
 )

@@ -16,7 +16,7 @@ import torch
 from conftest import make_checkpoint
 from entries import headers
 
-from proteus_pipeline.embeddings import job
+from proteus_pipeline.embeddings import embedder, job
 from proteus_pipeline.embeddings.cache import EmbeddingCache
 from proteus_pipeline.embeddings.embedder import Outcome, embed
 from proteus_pipeline.embeddings.index import SegmentHeader
@@ -170,6 +170,13 @@ def test_each_miss_is_explained(lab: Lab):
     }
     assert outcome.explained[0].nearest is not None and outcome.explained[0].nearest["layer"] == 2
     assert lab.embed(SEQUENCES[:4], Recipe(layer=1)).explained == ()
+
+
+def test_of_many_misses_all_are_counted_and_the_first_explained(lab: Lab, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(embedder, "MOST_EXPLAINED", 2)
+    outcome = lab.embed(SEQUENCES[:5])
+    assert outcome.misses == {"never seen": 5}
+    assert [m.sequence for m in outcome.explained] == SEQUENCES[:2]
 
 
 def test_one_new_sequence_is_one_computed(lab: Lab):
