@@ -164,14 +164,14 @@ def embed_by(
         _count_shared(cache, len(by_key), found)
         lease.add(e.segment for e in found)
         done = {e.key: Embedded(e.key, e.shape, e.stored, e.content) for e in found}
-        missing = {key: s for key, s in by_key.items() if key not in done}
+        missing = _without(by_key, done)
         read = [*found, *(_derive(cache, trunk, recipe, missing, done, lease) if missing else ())]
-        missing = {key: s for key, s in missing.items() if key not in done}
+        missing = _without(missing, done)
         derived = len(read) - len(found)
         fetched = list(_fetch(cache, hot, trunk, recipe, missing, lease)) if hot else []
         done |= {e.key: Embedded(e.key, e.shape, e.stored, e.content) for e in fetched}
         read += fetched
-        missing = {key: s for key, s in missing.items() if key not in done}
+        missing = _without(missing, done)
         tokens = sum(tokens_of(spans_of(s, recipe)) for s in missing.values())
         why = explain_missing(cache, missing, trunk, recipe)
         misses, explained = counts(why), tuple(why[:MOST_EXPLAINED])
@@ -205,6 +205,11 @@ def embed_by(
         explained=explained,
         other_classes=_of_others(cache, read),
     )
+
+
+def _without(sequences: dict[str, str], done: Mapping[str, Embedded]) -> dict[str, str]:
+    """Return the sequences that are not done: where none is, the very same, since of millions a copy takes memory."""
+    return {key: s for key, s in sequences.items() if key not in done} if done else sequences
 
 
 def _count_shared(cache: EmbeddingCache, asked: int, found: Sequence[Entry]) -> None:

@@ -137,13 +137,13 @@ class Job:
             When the cache can't be read or written.
 
         """
-        portions = self._portions(missing)
         theirs: list[Entry] = []
         pause, waited = _FIRST_PAUSE, 0.0
-        while portions:
+        left = missing
+        while left:
             # All is published when this returns: whoever waits for it finds it.
-            claimed = self._compute_unclaimed(portions, done, theirs)
-            if len(claimed) == sum(map(len, portions)):
+            claimed = self._compute_unclaimed(self._portions(left), done, theirs)
+            if len(claimed) == len(left):
                 waited += pause
                 if waited > _PATIENCE:
                     _log.warning(
@@ -152,15 +152,15 @@ class Job:
                     waited = -_LONG_PATIENCE
                 time.sleep(pause)  # others are at all that is left
                 pause = min(2 * pause, _LONGEST_PAUSE)
-            portions = self._portions(claimed)
+            left = claimed
         return theirs
 
-    def _portions(self, missing: Mapping[str, str]) -> list[dict[str, str]]:
+    def _portions(self, missing: Mapping[str, str]) -> deque[dict[str, str]]:
         """Return sequences as they are claimed: the longest first, so many at a time that several runs find work."""
         ordered = sorted(missing, key=lambda key: -len(missing[key]))
         tokens = {key: tokens_of(spans_of(missing[key], self.recipe)) for key in ordered}
         most = min(max(sum(tokens.values()) // _PORTIONS, 2 * self.token_budget), _PORTION_TOKENS)
-        portions: list[dict[str, str]] = []
+        portions: deque[dict[str, str]] = deque()
         room = 0
         for key in ordered:
             if room <= 0:
@@ -171,7 +171,7 @@ class Job:
         return portions
 
     def _compute_unclaimed(
-        self, portions: list[dict[str, str]], done: dict[str, Embedded], theirs: list[Entry]
+        self, portions: deque[dict[str, str]], done: dict[str, Embedded], theirs: list[Entry]
     ) -> dict[str, str]:
         """Compute and publish what no other run is at; return what others have claimed."""
         claimed: dict[str, str] = {}
@@ -205,13 +205,14 @@ class Job:
 
     def _mine(
         self,
-        portions: list[dict[str, str]],
+        portions: deque[dict[str, str]],
         done: dict[str, Embedded],
         theirs: list[Entry],
         claimed: dict[str, str],
     ) -> Iterator[Computed]:
         """Yield the embeddings of each portion, but for what another run has published or is computing."""
-        for portion in portions:
+        while portions:
+            portion = portions.popleft()
             mine = self.lease.claim(portion)
             claimed |= {key: portion[key] for key in portion.keys() - mine}
             for entry, _ in self.cache.find(portion) if len(mine) < len(portion) or self.lease.shared() else ():
