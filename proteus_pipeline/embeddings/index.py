@@ -63,6 +63,10 @@ CHECKED_BYTES = 64 << 20
 # Of a larger file, pages that were touched are given back after about as many bytes, so that memory stays flat.
 _FORGET_BYTES = 64 << 20
 _LEAST_STEP = 256
+# Of no more entries, it is noted which keys there may be: 16 bytes an entry at most.
+_MARKED = 1 << 16
+_HALVES = struct.Struct(">QQ")
+_KEY_DIGITS = 32
 
 
 def now() -> str:
@@ -299,6 +303,8 @@ class Index:
     def find_one(self, high: int, low: int) -> tuple[int, Record] | None:
         """Return the row of one key, and what is there; for one key, in a twentieth of the time that `locate` takes."""
         highs, total, reach = self._highs, len(self.high), self._reach
+        if self._marks and not self._marks[high >> self._marked_bits]:
+            return None
         # Keys are digests, so evenly spread: a key lies within a few square roots of where its value says.
         first = (high * total >> 64) - reach
         last = first + 2 * reach
@@ -311,6 +317,22 @@ class Index:
                 return row, record
             row += 1
         return None
+
+    @cached_property
+    def _marks(self) -> bytes:
+        """Which first bits of keys there are, a byte for each: of keys that are not here, seven of eight or more are told by one look.
+
+        A search among keys waits for memory some five times. Few keys are in the small, new indexes that are asked first.
+        """
+        if len(self.high) > _MARKED:
+            return b""
+        marks = np.zeros(1 << (64 - self._marked_bits), np.uint8)
+        marks[self.high >> np.uint64(self._marked_bits)] = 1
+        return marks.tobytes()
+
+    @cached_property
+    def _marked_bits(self) -> int:
+        return 64 - (8 * len(self.high)).bit_length()
 
     @cached_property
     def _reach(self) -> int:
@@ -377,9 +399,32 @@ def known_fields(cls: type, value: dict[str, Any]) -> dict[str, Any]:
 
 
 def key_array(keys: Sequence[str]) -> NDArray[np.void]:
-    """Return hexadecimal keys as (high, low) pairs of uint64."""
-    raw = np.frombuffer(bytes.fromhex("".join(keys)), dtype=[("high", ">u8"), ("low", ">u8")])
-    return raw.astype(KEY)
+    """Return hexadecimal keys as (high, low) pairs of uint64.
+
+    Raises
+    ------
+    ValueError
+        When one is not 32 hexadecimal digits.
+
+    """
+    data = b""
+    with suppress(ValueError):
+        data = bytes.fromhex("".join(keys))
+    if 2 * len(data) != _KEY_DIGITS * len(keys) or set(map(len, keys)) - {_KEY_DIGITS}:
+        for key in keys:
+            key_halves(key)  # which says it of the first that is none
+    return np.frombuffer(data, dtype=[("high", ">u8"), ("low", ">u8")]).astype(KEY)
+
+
+def key_halves(key: str) -> tuple[int, int]:
+    """Return one key as `key_array` does many; `ValueError` when it is not 32 hexadecimal digits."""
+    try:
+        if len(key) == _KEY_DIGITS:
+            high, low = _HALVES.unpack(bytes.fromhex(key))
+            return high, low
+    except (ValueError, struct.error):
+        pass
+    raise ValueError(f"{key!r} is no embedding key: it has 32 hexadecimal digits")
 
 
 def key_strings(keys: NDArray[np.void]) -> list[str]:

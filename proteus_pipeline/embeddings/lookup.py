@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -322,15 +322,26 @@ class EntryLookup:
         ------
         ConfigError
             For an embedding per residue: it is compressed, and has to be read.
+        IntegrityError
+            When it is damaged wherever it is stored.
         StorageError
             When its segment can't be mapped.
 
         """
         self.refresh()
-        entry = self.visible.find_one(key)
-        if entry is None:
-            entry = next((e for found in self.look_up([key]) for e in found.best()), None)
-        return None if entry is None else self._reader.view(entry)
+        newest = self.visible.find_one(key)
+        if newest is not None:
+            with suppress(StorageError):  # there may be another, which was made anew
+                return self._reader.view(newest)
+        failed: StorageError | None = None
+        for entry in (entry for found in self.look_up([key]) for entry in found.entries()):
+            try:
+                return self._reader.view(entry)
+            except StorageError as error:
+                failed = failed or error
+        if failed:
+            raise failed
+        return None
 
     def _sound(self, key: str) -> NDArray[np.generic]:
         """Return a key's array from whichever entry of it is sound."""

@@ -24,6 +24,7 @@ from proteus_pipeline.embeddings.index import (
     Record,
     SegmentHeader,
     key_array,
+    key_halves,
 )
 from proteus_pipeline.embeddings.merging import MERGE_AT, merge_indexes, to_merge
 from proteus_pipeline.errors import StorageError
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
 
 _KINDS = {INDEXES: ".idx", RUNS: ".run"}
 _ATTEMPTS = 20
-_LOW = (1 << 64) - 1
 _log = logging.getLogger(__name__)
 
 
@@ -83,7 +83,7 @@ class Visible:
         self._loaded: dict[str, _Loaded | None] = {}
         self._events: dict[str, CacheEvent] = {}
         self._marks: dict[str, object] = {}
-        self._largest: list[_Loaded] | None = None
+        self._newest: list[_Loaded] | None = None
         self._headers: dict[str, SegmentHeader] | None = None
 
     @property
@@ -201,10 +201,10 @@ class Visible:
             mark = self._store.mark(folder)
             names = event_files(self._store)
             for name in self._events.keys() ^ names:
-                self.changes += 1
                 if self._events.pop(name, None) is None:
                     with suppress(FileNotFoundError):  # removed since
                         self._events[name] = read_event(self._store, name)
+                self.changes += 1  # last: another thread may apply what has changed so far
             self._marks[folder] = mark
         applied = self.changes + (self.beside.changes if self.beside else 0)
         if applied != self._applied:
@@ -215,7 +215,7 @@ class Visible:
 
     def _load(self, names: set[str]) -> bool:
         """Open what is new of these files; False where one of them is gone, and the list is old."""
-        self._largest = self._headers = None
+        self._newest = self._headers = None
         for name in self._loaded.keys() - names:
             del self._loaded[name]
         for name in sorted(names - self._loaded.keys()):
@@ -238,7 +238,7 @@ class Visible:
 
     def forget(self) -> None:
         """See nothing, until the next `refresh`."""
-        self._largest = self._headers = None
+        self._newest = self._headers = None
         self._loaded.clear()
         self._marks.clear()
 
@@ -290,7 +290,7 @@ class Visible:
         return Found(keys, position[sort], source[sort], row[sort], found.indexes)
 
     def find_one(self, key: str) -> Entry | None:
-        """Return a visible entry of one key, where all entries are of one device class; else None.
+        """Return the newest visible entry of one key, where all entries are of one device class; else None.
 
         None also where the key has no entry that was seen at the last `refresh`.
         """
@@ -299,14 +299,13 @@ class Visible:
 
     def locate_one(self, key: str) -> tuple[Index, Record] | None:
         """Return the index that has what `find_one` returns, and what it says of it."""
-        if self._largest is None:
+        newest = self._newest
+        if newest is None:
             classes = {s.attestation.device_class for one in self._loaded.values() if one for s in one.index.segments}
-            ours = [one for one in self._loaded.values() if one] if len(classes) < 2 else []
-            # A key is most likely in the largest, and each search among others waits for memory that is seldom used.
-            self._largest = sorted(ours, key=lambda one: -len(one.index.high))
-        number = int(key, 16)
-        high, low = number >> 64, number & _LOW
-        for one in self._largest:
+            ours = (one for one in self._loaded.values() if one and len(one.published)) if len(classes) < 2 else ()
+            newest = self._newest = sorted(ours, key=lambda one: -int(one.published.max()))
+        high, low = key_halves(key)
+        for one in newest:
             found = one.index.find_one(high, low)
             if found and (one.whole or one.shows(*found)):
                 return one.index, found[1]

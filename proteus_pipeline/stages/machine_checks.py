@@ -132,13 +132,14 @@ def _sizes(here: Here) -> Iterator[Check]:
 def _batches(default: int) -> Check:
     import torch
 
+    from proteus_pipeline.models.encoder import GPU_TILE
     from proteus_pipeline.serving.calls import Call
 
     if not torch.cuda.is_available():
         why = "enough for large products, and few enough that a batch stays small"
         return Check("sizes", OK, f"runtime.tokens_per_batch={default}: {why}")
     room = _SHARE_OF_A_GPU * torch.cuda.get_device_properties(0).total_memory
-    tokens = default
+    tokens = GPU_TILE
     while tokens < _MOST_TOKENS and Call.usual(2 * tokens, "cuda").nbytes(_USUAL, 2 * tokens, "cuda") <= room:
         tokens *= 2
     why = "with the 650M model, a call takes at most a quarter of the GPU's memory"

@@ -402,6 +402,15 @@ def test_a_view_is_the_stored_vector_mapped_and_read_only(tmp_path: Path):
     damage(newest(tmp_path / "seg"))
     with pytest.raises(IntegrityError, match="is damaged"):
         cache.view(next(iter(made.arrays)))
+    publish(cache, made)  # as a run does that finds it damaged
+    for one in (cache, EmbeddingCache(tmp_path)):
+        for merged in (False, True):
+            if merged:
+                one.visible.merge(everything=True)
+            for key, array in made.arrays.items():
+                view = one.view(key)
+                assert view is not None and view.tobytes() == array.tobytes()
+                assert one.get(key) is not None
     residues = make(1, pooling="per_residue", prefix="r")
     publish(cache, residues)
     with pytest.raises(ConfigError, match="is compressed"):

@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from entries import HERE, TRUNK, headers, make, publish
+from hypothesis import given
+from hypothesis import strategies as st
 from write_golden_cache import LENGTHS, RECIPES, sequence, value
 from write_golden_cache import TRUNK as GOLDEN_TRUNK
 
@@ -32,6 +34,42 @@ def write(path: Path, pairs: list[tuple[int, int]]) -> Path:
 
 def read(path: Path) -> Index:
     return Index.read(LocalStore(path.parent), path.name)
+
+
+@given(st.data())
+def test_one_key_is_found_where_it_is_first(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject):
+    halves = st.one_of(st.integers(0, (1 << 64) - 1), st.sampled_from([0, 1, (1 << 64) - 1, (1 << 63), (1 << 63) + 1]))
+    pairs = data.draw(st.lists(st.tuples(halves, st.integers(0, 3)), max_size=300))
+    more = data.draw(st.integers(0, 400))
+    pairs += [(n * ((1 << 64) // 401), 7) for n in range(more)]
+    index = read(write(tmp_path_factory.mktemp("one") / "1.idx", pairs))
+    stored = list(zip(index.high.tolist(), index.records["low"].tolist(), strict=True))
+    asked = [*pairs, *data.draw(st.lists(st.tuples(halves, st.integers(0, 3)), max_size=20))]
+    for high, low in asked:
+        found = index.find_one(high, low)
+        if (high, low) in pairs:
+            row = stored.index((high, low))
+            assert found == (row, index.record(row)) and found[1][0] == low
+        else:
+            assert found is None
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["", "ab", "0" * 31, "0" * 33, "0x" + "0" * 30, "0" * 30 + " 0", "+" + "0" * 31, "g" * 32, "0" * 64, "é" * 32],
+)
+def test_what_is_no_key_is_refused(tmp_path: Path, key: str):
+    cache = EmbeddingCache(tmp_path)
+    publish(cache, make(3))
+    cache.refresh()
+    asks = (cache.get, cache.find_one, cache.view, lambda k: cache.look_up([k]), lambda k: cache.vectors(["0" * 32, k]))
+    for ask in asks:
+        with pytest.raises(ValueError, match="is no embedding key: it has 32 hexadecimal digits"):
+            ask(key)
+    # Together they have as many digits as two keys have.
+    with pytest.raises(ValueError, match="'a' is no embedding key"):
+        key_array(["a", "b" * 63])
+    assert len(key_array([])) == 0
 
 
 def find(index: Index, keys: np.ndarray) -> np.ndarray:

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -71,7 +74,7 @@ def test_large_arrays_go_by_torch_and_have_numpys_bits(monkeypatch: pytest.Monke
     cuts = [
         (values, every),
         (values[::2], every.T),
-        (values[:16385], every[:, 1:]),
+        (values[:32769], every[:, 1:]),
         (values[:40960].reshape(-1, 320), every),
     ]
     torches = torch.from_numpy
@@ -89,6 +92,26 @@ def test_large_arrays_go_by_torch_and_have_numpys_bits(monkeypatch: pytest.Monke
     # What is no number has numpy's bits, whether torch is loaded or not.
     odd = np.concatenate([values, np.array([np.nan, np.inf], dtype="<f4")])
     assert to_stored(odd, "fp16").tobytes() == odd.astype("<f2").tobytes()
+
+
+def test_arrays_as_they_come_are_widened_by_torch_as_by_numpy(tmp_path: Path):
+    np.save(tmp_path / "a.npy", np.arange(40000, dtype="<u4").astype("<u2").view("<f2"))
+    mapped = np.load(tmp_path / "a.npy", mmap_mode="r")
+    unaligned = np.frombuffer(b"x" + mapped.tobytes(), "<f2", offset=1)
+    for array in (mapped, mapped[::-1], unaligned, np.broadcast_to(mapped[:400], (100, 400)), mapped.astype(">f2")):
+        wide = to_fp32(array, "fp16")
+        assert type(wide) is np.ndarray and wide.flags.writeable and wide.flags.owndata
+        expected = array.astype("<f4")
+        assert ((wide.view("<u4") == expected.view("<u4")) | np.isnan(expected)).all()
+
+
+def test_without_torch_numpy_does_it(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    values = patterns()
+    values = values[np.abs(values) < 65520]
+    narrow = to_stored(values, "fp16")
+    assert narrow.tobytes() == values.astype("<f2").tobytes()
+    assert to_fp32(narrow, "fp16").tobytes() == narrow.astype("<f4").tobytes()
 
 
 @pytest.mark.parametrize("company", [[], [np.inf], [np.nan]])

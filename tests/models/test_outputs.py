@@ -15,6 +15,7 @@ from proteus_pipeline.models import attention, esm2
 from proteus_pipeline.models.checkpoint import Checkpoint, canonical
 from proteus_pipeline.models.encoder import Encoded, Outputs, make_encoder
 from proteus_pipeline.models.fair_esm import to_fair_esm
+from proteus_pipeline.models.plan import plan_batches
 
 SEQUENCES = ["MKTAYIAKQRQISFVKSHFSRQLEERLGLIEVQ" * 4, "ACDEFGHIKLMNPQRSTVWYXBUZO", "MK", "GSHMENKWRLVVAPP" * 9]
 
@@ -166,6 +167,27 @@ def test_attention_of_a_pack_by_the_gpu_s_kernel_is_that_of_each_sequence(
     assert asked[0] == ([0, 134, 161, 165], 134)
     for i in each:
         assert np.abs(each[i][2] - together[i][2]).max() <= 2e-2 * np.abs(each[i][2]).max()
+
+
+@pytest.mark.parametrize(
+    ("numerics", "budget", "planned"), [("strict", 64, 256), ("strict", 300, 300), ("tolerant", 64, 64)]
+)
+def test_a_gpus_batch_has_no_fewer_tokens_than_the_tile_that_is_filled_up(
+    tiny: Checkpoint, monkeypatch: pytest.MonkeyPatch, numerics: str, budget: int, planned: int
+):
+    asked: list[int] = []
+
+    def plan(lengths: list[int], tokens: int) -> list[list[int]]:
+        asked.append(tokens)
+        return plan_batches(lengths, tokens)
+
+    monkeypatch.setattr("proteus_pipeline.models.esm2.plan_batches", plan)
+    encoder = make_encoder(tiny, numerics=numerics)
+    each = dict(encoder.encode(SEQUENCES, [2]))
+    monkeypatch.setattr(encoder, "_on_cpu", False)
+    assert dict(encoder.encode(SEQUENCES, [2], budget)).keys() == each.keys()
+    assert asked == [planned]
+    assert encoder._arithmetic.tiles[-1] == 256  # type: ignore[attr-defined]
 
 
 def test_flops_are_counted_as_the_formula_says(tiny: Checkpoint):

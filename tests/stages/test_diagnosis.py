@@ -7,6 +7,7 @@ import json
 import shutil
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, git
@@ -91,6 +92,13 @@ def test_sizes_are_settings_that_a_run_takes(project: Path):
     ]  # fmt: skip
     settings = compose(project, {}, changes=parse(overrides)).settings
     assert settings.runtime.max_memory_gb and settings.cache.max_bytes and settings.runtime.tokens_per_batch
+
+
+@pytest.mark.parametrize(("gigabytes", "tokens"), [(80, 65536), (24, 32768), (4, 4096), (1, 4096)])
+def test_a_gpus_batches_are_whole_tiles(monkeypatch: pytest.MonkeyPatch, gigabytes: int, tokens: int):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: SimpleNamespace(total_memory=gigabytes * 10**9))
+    assert machine_checks._batches(1536).what.startswith(f"runtime.tokens_per_batch={tokens}: ")
 
 
 def test_a_cgroup_is_what_counts(project: Path, monkeypatch: pytest.MonkeyPatch):
