@@ -39,7 +39,8 @@ def to_stored(array: NDArray[np.float32], stored: str) -> NDArray[np.generic]:
     if stored == "fp16":
         fits = not array.size or -_BEYOND_FP16 < array.min() <= array.max() < _BEYOND_FP16
         if fits:
-            return _by_torch(array, "<f2") if _is_worth_torch(array) else array.astype("<f2")
+            large = array.size >= _WORTH_TORCH
+            return _by_torch(array, "<f2") if large and _has_torch(array) else array.astype("<f2")
         lost = array[np.isfinite(array) & (np.abs(array) >= _BEYOND_FP16)]
         if lost.size:
             raise ProteusError(f"a value of {lost[0]:g} does not fit into fp16", "use embedding.stored=bf16")
@@ -54,7 +55,7 @@ def to_fp32(array: NDArray[np.generic], stored: str) -> NDArray[np.float32]:
     """Widen a stored array to fp32, always in memory of its own; every stored value is one."""
     if stored == "bf16":
         return (array.astype("<u4") << 16).view("<f4")
-    if stored == "fp16" and _is_worth_torch(array):
+    if array.size >= _WORTH_TORCH and stored == "fp16" and _has_torch(array):
         return _by_torch(array, "<f4")
     # A copy, also of fp32: a pooled row is a read-only view of what was read. np.array takes half as long again.
     return array.astype(np.float32, subok=False)
@@ -65,10 +66,9 @@ def content_hash(array: NDArray[np.generic], stored: str) -> str:
     return digests.of_content(stored, array.shape, np.ascontiguousarray(array).data)
 
 
-def _is_worth_torch(array: NDArray[np.generic]) -> bool:
-    if array.size < _WORTH_TORCH or array.dtype.itemsize > 4 or not array.dtype.isnative:
-        return False
-    return sys.modules.get("torch") is not None  # a run of hits imports none, which takes a second
+def _has_torch(array: NDArray[np.generic]) -> bool:
+    # It is not imported for this: a run of hits has none, which would take a second.
+    return sys.modules.get("torch") is not None and array.dtype.itemsize <= 4 and array.dtype.isnative
 
 
 def _by_torch(array: NDArray[np.generic], dtype: str) -> NDArray[Any]:
