@@ -20,16 +20,8 @@ import numpy as np
 from _figures import Spread, Taken, in_turn, parsed, parser, said
 
 from proteus_pipeline.embeddings.cache import EmbeddingCache
-from proteus_pipeline.embeddings.index import (
-    INDEXES,
-    KEY,
-    RECORD,
-    RUNS,
-    Attestation,
-    SegmentHeader,
-    encode_index,
-    key_strings,
-)
+from proteus_pipeline.embeddings.index import INDEXES, RECORD, RUNS, Attestation, SegmentHeader, encode_index
+from proteus_pipeline.embeddings.keys import KEY, key_strings
 from proteus_pipeline.embeddings.merging import MERGE_AT, to_merge
 
 SIZES, SIZES_QUICK = (10**5, 10**6, 10**7), (10**5, 10**6)

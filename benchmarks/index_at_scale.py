@@ -22,7 +22,8 @@ from _figures import parsed, said
 from _figures import parser as of
 from cache_lookup import CHILD, HERE, build
 
-from proteus_pipeline.embeddings.index import INDEXES, RECORD, RUNS, SegmentHeader, key_strings
+from proteus_pipeline.embeddings.index import INDEXES, RECORD, RUNS, SegmentHeader
+from proteus_pipeline.embeddings.keys import key_strings
 from proteus_pipeline.embeddings.merging import MERGE_AT, to_merge
 
 ENTRY_BYTES = 8 + RECORD.itemsize

@@ -18,7 +18,8 @@ from proteus_pipeline.embeddings.events import FOLDER as EVENTS
 from proteus_pipeline.embeddings.events import event_files, make_event, read_event, write_event
 from proteus_pipeline.embeddings.found import Entry
 from proteus_pipeline.embeddings.housekeeping import rewrite, visible_entries
-from proteus_pipeline.embeddings.index import INDEXES, RUNS, Attestation, Index, SegmentHeader, encode_index, key_array
+from proteus_pipeline.embeddings.index import INDEXES, RUNS, Attestation, Index, SegmentHeader, encode_index
+from proteus_pipeline.embeddings.keys import key_array
 from proteus_pipeline.embeddings.publication import SEGMENTS, to_records
 from proteus_pipeline.embeddings.reading import ahead
 from proteus_pipeline.embeddings.stored import content_hash, to_fp32

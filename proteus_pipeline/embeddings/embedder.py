@@ -173,9 +173,7 @@ def embed_by(
         read += fetched
         missing = _without(missing, done)
         tokens = sum(tokens_of(spans_of(s, recipe)) for s in missing.values())
-        why = explain_missing(cache, missing, trunk, recipe)
-        misses, explained = counts(why), tuple(why[:MOST_EXPLAINED])
-        del why
+        misses, explained = _explained(cache, missing, trunk, recipe)
         work = Work(trunk, recipe, cache, missing, tokens, lease, progress, len(by_key), len(read), hot)
         computing = _compute(engine, work)
         done |= computing.entries
@@ -210,6 +208,14 @@ def embed_by(
 def _without(sequences: dict[str, str], done: Mapping[str, Embedded]) -> dict[str, str]:
     """Return the sequences that are not done: where none is, the very same, since of millions a copy takes memory."""
     return {key: s for key, s in sequences.items() if key not in done} if done else sequences
+
+
+def _explained(
+    cache: EmbeddingCache, missing: Mapping[str, str], trunk: str, recipe: Recipe
+) -> tuple[dict[str, int], tuple[Miss, ...]]:
+    """Count why the cache has no entry of some sequences, and say it of the first ones; the others' reasons are let go."""
+    why = explain_missing(cache, missing, trunk, recipe)
+    return counts(why), tuple(why[:MOST_EXPLAINED])
 
 
 def _count_shared(cache: EmbeddingCache, asked: int, found: Sequence[Entry]) -> None:

@@ -21,7 +21,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from proteus_pipeline.embeddings.index import key_array, known_fields
+from proteus_pipeline.embeddings.index import known_fields
+from proteus_pipeline.embeddings.keys import key_array
 from proteus_pipeline.errors import FormatError, IntegrityError
 from proteus_pipeline.identity import digests
 

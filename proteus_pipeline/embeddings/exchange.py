@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from proteus_pipeline.embeddings.events import event_files, read_event
-from proteus_pipeline.embeddings.index import INDEXES, Index, SegmentHeader, encode_index, key_strings
+from proteus_pipeline.embeddings.index import INDEXES, Index, SegmentHeader, encode_index
+from proteus_pipeline.embeddings.keys import key_strings
 from proteus_pipeline.embeddings.publication import SEGMENTS
 from proteus_pipeline.embeddings.visible import Visible
 from proteus_pipeline.errors import IntegrityError, StorageError

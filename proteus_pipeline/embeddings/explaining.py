@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from proteus_pipeline.embeddings.deriving import sources
-from proteus_pipeline.embeddings.index import key_array
+from proteus_pipeline.embeddings.keys import key_array
 from proteus_pipeline.embeddings.recipe import Recipe, windows
 from proteus_pipeline.embeddings.stored import NUMPY_DTYPES
 from proteus_pipeline.errors import ConfigError

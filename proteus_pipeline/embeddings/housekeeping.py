@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from proteus_pipeline.embeddings.events import CacheEvent, event_files, make_event, read_event, write_event
 from proteus_pipeline.embeddings.found import Entry, entry_of
-from proteus_pipeline.embeddings.index import Attestation, Index, SegmentHeader, key_strings
+from proteus_pipeline.embeddings.index import Attestation, Index, SegmentHeader
+from proteus_pipeline.embeddings.keys import key_strings
 from proteus_pipeline.embeddings.leases import Held, held
 from proteus_pipeline.embeddings.publication import SEGMENTS
 from proteus_pipeline.embeddings.recipe import Recipe

@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from proteus_pipeline.embeddings.keys import KEY
 from proteus_pipeline.embeddings.stored import NUMPY_DTYPES
 from proteus_pipeline.errors import FormatError, IntegrityError
 from proteus_pipeline.identity import digests
@@ -56,7 +57,6 @@ RECORD = np.dtype(
         ("row", "<u4"), ("length", "<u4"), ("segment", "<u4"), ("reserved", "<u4"),
     ]
 )  # fmt: skip
-KEY = np.dtype([("high", "<u8"), ("low", "<u8")])
 # A larger body is not read for its checksum when it is opened: a wrong record of it leads to bytes that fail theirs, or to
 # nothing. `verify` reads it.
 CHECKED_BYTES = 64 << 20
@@ -65,8 +65,6 @@ _FORGET_BYTES = 64 << 20
 _LEAST_STEP = 256
 # Of no more entries, it is noted which keys there may be: 16 bytes an entry at most.
 _MARKED = 1 << 16
-_HALVES = struct.Struct(">QQ")
-_KEY_DIGITS = 32
 
 
 def now() -> str:
@@ -396,38 +394,3 @@ def segment_header(value: dict[str, Any]) -> SegmentHeader:
 def known_fields(cls: type, value: dict[str, Any]) -> dict[str, Any]:
     """Return those items of a mapping that a dataclass has fields for: a later writer may have added others."""
     return {f.name: value[f.name] for f in fields(cls) if f.name in value}
-
-
-def key_array(keys: Sequence[str]) -> NDArray[np.void]:
-    """Return hexadecimal keys as (high, low) pairs of uint64.
-
-    Raises
-    ------
-    ValueError
-        When one is not 32 hexadecimal digits.
-
-    """
-    data = b""
-    with suppress(ValueError):
-        data = bytes.fromhex("".join(keys))
-    if 2 * len(data) != _KEY_DIGITS * len(keys) or set(map(len, keys)) - {_KEY_DIGITS}:
-        for key in keys:
-            key_halves(key)  # which says it of the first that is none
-    return np.frombuffer(data, dtype=[("high", ">u8"), ("low", ">u8")]).astype(KEY)
-
-
-def key_halves(key: str) -> tuple[int, int]:
-    """Return one key as `key_array` does many; `ValueError` when it is not 32 hexadecimal digits."""
-    try:
-        if len(key) == _KEY_DIGITS:
-            high, low = _HALVES.unpack(bytes.fromhex(key))
-            return high, low
-    except (ValueError, struct.error):
-        pass
-    raise ValueError(f"{key!r} is no embedding key: it has 32 hexadecimal digits")
-
-
-def key_strings(keys: NDArray[np.void]) -> list[str]:
-    """Return (high, low) pairs as hexadecimal keys."""
-    text = keys.astype([("high", ">u8"), ("low", ">u8")]).tobytes().hex()
-    return [text[i : i + 32] for i in range(0, len(text), 32)]

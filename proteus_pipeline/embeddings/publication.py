@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from proteus_pipeline.embeddings import segment as segment_file
-from proteus_pipeline.embeddings.index import INDEXES, RECORD, Attestation, SegmentHeader, encode_index, key_array
+from proteus_pipeline.embeddings.index import INDEXES, RECORD, Attestation, SegmentHeader, encode_index
+from proteus_pipeline.embeddings.keys import key_array
 from proteus_pipeline.embeddings.segment import Placed, SegmentWriter
 from proteus_pipeline.embeddings.stored import NUMPY_DTYPES, content_hash
 from proteus_pipeline.errors import StorageError

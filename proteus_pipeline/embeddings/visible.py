@@ -16,16 +16,8 @@ import numpy as np
 from proteus_pipeline.embeddings import events as event_file
 from proteus_pipeline.embeddings.events import CacheEvent, event_files, read_event
 from proteus_pipeline.embeddings.found import Entry, Found, entry_of
-from proteus_pipeline.embeddings.index import (
-    CHECKED_BYTES,
-    INDEXES,
-    RUNS,
-    Index,
-    Record,
-    SegmentHeader,
-    key_array,
-    key_halves,
-)
+from proteus_pipeline.embeddings.index import CHECKED_BYTES, INDEXES, RUNS, Index, Record, SegmentHeader
+from proteus_pipeline.embeddings.keys import key_array, key_halves
 from proteus_pipeline.embeddings.merging import MERGE_AT, merge_indexes, to_merge
 from proteus_pipeline.errors import StorageError
 from proteus_pipeline.stores.files import storage_error

@@ -16,7 +16,7 @@ from conftest import ROOT
 from slurm import missing, slurm
 
 from proteus_pipeline.embeddings.cache import EmbeddingCache
-from proteus_pipeline.embeddings.index import key_strings
+from proteus_pipeline.embeddings.keys import key_strings
 
 pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("cluster")]
 

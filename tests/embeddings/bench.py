@@ -10,7 +10,7 @@ from proteus_pipeline.embeddings.cache import EmbeddingCache
 from proteus_pipeline.embeddings.cluster import ClusterOptions
 from proteus_pipeline.embeddings.dask_engine import DaskEngine
 from proteus_pipeline.embeddings.embedder import Outcome, embed_by
-from proteus_pipeline.embeddings.index import key_strings
+from proteus_pipeline.embeddings.keys import key_strings
 from proteus_pipeline.embeddings.recipe import Recipe
 from proteus_pipeline.embeddings.shard_task import Places, Weights
 

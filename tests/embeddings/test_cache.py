@@ -17,7 +17,8 @@ from entries import HERE, THERE, TRUNK, Made, headers, make, publish, serves
 from processes import ends_well, script
 
 from proteus_pipeline.embeddings.cache import EmbeddingCache
-from proteus_pipeline.embeddings.index import Attestation, key_strings
+from proteus_pipeline.embeddings.index import Attestation
+from proteus_pipeline.embeddings.keys import key_strings
 from proteus_pipeline.errors import ConfigError, IntegrityError, StorageError
 
 KILLS = 200 if os.environ.get("PROTEUS_TORTURE") == "1" else 15

@@ -19,7 +19,8 @@ from processes import ends_well, script
 from proteus_pipeline.embeddings import index as index_file
 from proteus_pipeline.embeddings import visible as visible_file
 from proteus_pipeline.embeddings.cache import EmbeddingCache
-from proteus_pipeline.embeddings.index import Attestation, key_strings
+from proteus_pipeline.embeddings.index import Attestation
+from proteus_pipeline.embeddings.keys import key_strings
 from proteus_pipeline.errors import ConfigError, IntegrityError, StorageError
 
 TORTURE = os.environ.get("PROTEUS_TORTURE") == "1"

@@ -12,7 +12,8 @@ from write_golden_cache import LENGTHS, RECIPES, sequence, value
 from write_golden_cache import TRUNK as GOLDEN_TRUNK
 
 from proteus_pipeline.embeddings.cache import EmbeddingCache
-from proteus_pipeline.embeddings.index import KEY, RECORD, Attestation, Index, SegmentHeader, encode_index, key_array
+from proteus_pipeline.embeddings.index import RECORD, Attestation, Index, SegmentHeader, encode_index
+from proteus_pipeline.embeddings.keys import KEY, key_array
 from proteus_pipeline.errors import IntegrityError
 from proteus_pipeline.stores.store import LocalStore
 

@@ -13,7 +13,7 @@ from processes import ends_well, script
 
 from proteus_pipeline.embeddings.cache import EmbeddingCache
 from proteus_pipeline.embeddings.embedder import embed
-from proteus_pipeline.embeddings.index import key_strings
+from proteus_pipeline.embeddings.keys import key_strings
 from proteus_pipeline.embeddings.recipe import Recipe
 from proteus_pipeline.models.encoder import make_encoder
 from proteus_pipeline.models.reading import read_checkpoint

@@ -21,7 +21,7 @@ from s3 import BUCKET, S3Server, s3_server
 
 from proteus_pipeline.embeddings import shared as shared_module
 from proteus_pipeline.embeddings.cache import EmbeddingCache
-from proteus_pipeline.embeddings.index import key_strings
+from proteus_pipeline.embeddings.keys import key_strings
 from proteus_pipeline.embeddings.visible import Visible
 from proteus_pipeline.errors import ConfigError, IntegrityError, StorageError
 from proteus_pipeline.stores import read_through, s3_uploads
