@@ -115,7 +115,7 @@ CHILD = """
 import sys, time
 import numpy as np
 from proteus_pipeline.embeddings.cache import EmbeddingCache
-from proteus_pipeline.embeddings.index import key_strings
+from proteus_pipeline.embeddings.keys import key_strings
 
 def memory(field):
     with open("/proc/self/status") as file:
