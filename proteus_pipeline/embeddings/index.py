@@ -320,7 +320,7 @@ class Index:
     def _marks(self) -> bytes:
         """Which first bits of keys there are, a byte for each: of keys that are not here, seven of eight or more are told by one look.
 
-        A search among keys waits for memory some five times. Few keys are in the small, new indexes that are asked first.
+        Few keys are in the small, new indexes that are asked first, and a search there waits for memory that is seldom used.
         """
         if len(self.high) > _MARKED:
             return b""

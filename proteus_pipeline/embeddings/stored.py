@@ -80,9 +80,8 @@ def _by_torch(array: NDArray[np.generic], dtype: str) -> NDArray[Any]:
     # torch warns of memory that it may not write to, as that of what was read is: so it is told that it may.
     interface = whole.__array_interface__
     interface["data"] = interface["data"][0], False
-    to, of = (
-        torch.from_numpy(a.reshape(-1)) for a in (converted, np.asarray(SimpleNamespace(__array_interface__=interface)))
-    )
+    readable = np.asarray(SimpleNamespace(__array_interface__=interface))
+    to, of = (torch.from_numpy(array.reshape(-1)) for array in (converted, readable))
     for start in range(0, whole.size, _AT_ONCE):
         part = slice(start, start + _AT_ONCE)
         to[part].copy_(of[part])

@@ -29,7 +29,7 @@ NUMERICS = ("strict", "tolerant")
 # lies in a smaller one, alone or with its like.
 CPU_TILES = (48, 96, 256)
 GPU_TILE = 4096  # a GPU needs more rows at once to be busy
-TOKENS_PER_BATCH = 1536  # as fast as 2,048 and 4,096 on a CPU (8M, two threads), and a batch stays small
+TOKENS_PER_BATCH = 1536  # as fast as 2,048 on a CPU (8M, two threads), and a batch stays smaller
 # By the family that an architecture says it is of.
 FAMILIES = {"esm2": "proteus_pipeline.models.esm2:Esm2Encoder"}
 
