@@ -11,15 +11,18 @@ if TYPE_CHECKING:
 
 # Probabilities of one layer are (heads, L, L) fp32; where they are asked for, they are made for so many bytes of heads at once.
 PROBABILITY_BYTES = 64 << 20
+# A mask is a pass over all scores, which takes as long as one key in so many does where they are taken one by one (a Xeon with AMX).
+_WORTH_A_MASK = 64
 
 
 @dataclass(frozen=True)
 class Heads:
-    """How a width is made of heads, and in which dtype their products are taken."""
+    """How a width is made of heads, in which dtype their products are taken, and how many keys at a time; 1 where it is no matter."""
 
     count: int
     width: int
     compute: torch.dtype
+    together: int = 1
 
     def split(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return queries, keys and values of (L, 3 D) rows, each (heads, L, head_width)."""
@@ -32,13 +35,36 @@ class Heads:
         """By what a query's products are scaled: 1/sqrt(head_width)."""
         return float(self.width**-0.5)
 
+    def keys(self, length: int) -> int:
+        """Return of how many rows keys and values are taken for a sequence of so many: of some behind it too, if that is faster.
 
-def attend(heads: Heads, qkv: torch.Tensor, out: torch.Tensor) -> None:
-    """Write one sequence's attention: of (L, 3 D) rows to (L, D) ones, which may be the queries' own."""
+        >>> import torch
+        >>> heads = Heads(20, 16, torch.float32, together=16)
+        >>> [heads.keys(length) for length in (16, 30, 300, 1000)]
+        [16, 32, 304, 1000]
+        """
+        over = length % self.together
+        return length + self.together - over if over * _WORTH_A_MASK > length else length
+
+
+def attend(heads: Heads, qkv: torch.Tensor, rows: slice, out: torch.Tensor) -> None:
+    """Write one sequence's attention: of its rows among (T, 3 D) ones to (L, D) ones, which may be the queries' own.
+
+    Of the rows behind it, `Heads.keys` may take some; they are masked, and no bit depends on them, if their products with the
+    queries are finite: where they are not, weights give what is no number, and the run ends.
+    """
     import torch
 
-    q, k, v = (t.unsqueeze(0) for t in heads.split(qkv))
-    attended = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=heads.scale)
+    length = rows.stop - rows.start
+    keys = heads.keys(length)
+    q, k, v = (t.unsqueeze(0) for t in heads.split(qkv[rows.start : rows.start + keys]))
+    mask = None
+    if keys > length:
+        mask = q.new_zeros((1, keys))
+        mask[:, length:] = -torch.inf
+    attended = torch.nn.functional.scaled_dot_product_attention(
+        q[:, :, :length], k, v, attn_mask=mask, scale=heads.scale
+    )
     out.view(-1, heads.count, heads.width).copy_(attended.squeeze(0).transpose(0, 1))
 
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from proteus_pipeline.models.attention import Heads
 from proteus_pipeline.models.checkpoint import FilesInUse
 from proteus_pipeline.models.device import has_bf16, matmul_rate
-from proteus_pipeline.models.encoder import CPU_TILES, GPU_TILE
 from proteus_pipeline.models.products import Bf16Product, Fp32Product, PackedBf16Product, Product, can_pack, joined
+from proteus_pipeline.models.shapes import shapes_of
 from proteus_pipeline.models.workers import Steps
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class Batch:
     x
         (T, D), the residual.
     qkv
-        (T, 3 D): what attention takes; what it gives lies where the queries were.
+        (T, 3 D) and some more rows: what attention takes; what it gives lies where the queries were.
     angles
         (T, head_width / 2) complex rotations, by the bytes of the frequencies that a block has.
     kept
@@ -115,11 +115,13 @@ class Arithmetic:
         # Rounding what attention starts from and gives costs the real 8M weights a cosine of 0.998 in the worst residue, and is
         # a third of the products; with the feed-forward's alone in bf16 it is 0.9998 (benchmarks/encoder_vs_peers.py).
         self.between = torch.bfloat16 if precision == "bf16" else torch.float32
+        shapes = shapes_of(device)
         # Weights of bf16 are laid out for one number of rows.
-        self.tiles = (GPU_TILE,) if not self._on_cpu else CPU_TILES if precision == "fp32" else CPU_TILES[-1:]
+        self.tiles = shapes.tiles if precision == "fp32" else shapes.tiles[-1:]
+        self._columns = shapes.columns
         halves = {"fp32": torch.float32, "mixed": torch.float16, "bf16": torch.bfloat16}
         attends = halves[precision] if not self._on_cpu else self.between if self._native else torch.float32
-        self.heads = Heads(architecture.heads, architecture.head_width, attends)
+        self.heads = Heads(architecture.heads, architecture.head_width, attends, shapes.keys)
 
     def norm(self, tensors: Mapping[str, torch.Tensor], name: str) -> Norm:
         """Return a layer norm by its name."""
@@ -137,7 +139,7 @@ class Arithmetic:
         if self._on_cpu and self._is_fp32(exact=exact):
             lying = tensors.in_place(weight, self.in_use)
             if lying is not None:
-                return Fp32Product(lying, tensors[bias].float(), gelu=gelu)
+                return Fp32Product(lying, tensors[bias].float(), gelu=gelu, columns=self._columns)
         return self.product([tensors[weight]], [tensors[bias]], exact=exact, gelu=gelu)
 
     def product(
@@ -152,10 +154,13 @@ class Arithmetic:
         offset = torch.cat([t.to(self.device, torch.float32).reshape(-1) for t in bias])
         whole = joined((t.to(self.device, torch.float32) for t in weight), len(offset))
         if self._is_fp32(exact=exact):
-            return Fp32Product(whole, offset, gelu=gelu)
+            return Fp32Product(whole, offset, gelu=gelu, columns=self._columns)
+        finer = self._precision == "mixed" and self._on_cpu
+        weights = 2 if finer and gelu else 1
         if self._on_cpu and self._native and can_pack():
-            return PackedBf16Product(whole, offset, self.tiles[-1], gelu=gelu)
-        return Bf16Product(whole, offset, native=self._native, gelu=gelu)
+            sums = 2 if finer and not gelu else 1
+            return PackedBf16Product(whole, offset, self.tiles[-1], gelu=gelu, weights=weights, sums=sums)
+        return Bf16Product(whole, offset, native=self._native, gelu=gelu, weights=weights)
 
     def _is_fp32(self, *, exact: bool) -> bool:
         return self._precision == "fp32" or (exact and self._precision == "mixed" and self._on_cpu)

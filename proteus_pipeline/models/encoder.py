@@ -16,19 +16,16 @@ from proteus_pipeline.models.architecture import Architecture
 from proteus_pipeline.models.attention import PROBABILITY_BYTES
 from proteus_pipeline.models.checkpoint import Checkpoint
 from proteus_pipeline.models.device import has_bf16
+from proteus_pipeline.models.shapes import LARGEST_CPU_TILES
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
 # Part of every embedding key: raised only when an encoder's golden bits change, or may have on a CPU that was not at hand.
-ENGINE_REVISION = 6
+ENGINE_REVISION = 7
 PRECISIONS = ("fp32", "mixed", "bf16")
 NUMERICS = ("strict", "tolerant")
-# Rows of a tile: 256 waste little on short jobs, and a tile of 8M's widest matrix is 1.3 MB. A sequence that fits in fewer
-# lies in a smaller one, alone or with its like.
-CPU_TILES = (48, 96, 256)
-GPU_TILE = 4096  # a GPU needs more rows at once to be busy
 TOKENS_PER_BATCH = 1536  # as fast as 2,048 on a CPU (8M, two threads), and a batch stays smaller
 # By the family that an architecture says it is of.
 FAMILIES = {"esm2": "proteus_pipeline.models.esm2:Esm2Encoder"}
@@ -182,10 +179,10 @@ def activation_bytes(
     if not lengths:
         return 0
     longest, total = max(lengths) + 2, sum(lengths) + 2 * len(lengths)
-    under_way = min(max(tokens, longest) * (threads + 1), total) + sum(CPU_TILES)
+    under_way = min(max(tokens, longest) * (threads + 1), total) + sum(LARGEST_CPU_TILES)
     head = 4 * longest * longest
     maps = 5 * threads * max(head, min(architecture.heads * head, PROBABILITY_BYTES)) if attention else 0
-    tiles = 12 * architecture.ffn_width * CPU_TILES[-1] * threads
+    tiles = 12 * architecture.ffn_width * LARGEST_CPU_TILES[-1] * threads
     tables = 8 * architecture.head_width * longest
     return 48 * architecture.width * under_way + tables + tiles + maps
 

@@ -29,7 +29,7 @@ from proteus_pipeline.errors import CacheMemoryError, ConfigError, ModelError
 from proteus_pipeline.models.attention import attend, attend_together, probabilities
 from proteus_pipeline.models.blocks import Arithmetic, Batch, Block
 from proteus_pipeline.models.checkpoint import EMBEDDING, Checkpoint
-from proteus_pipeline.models.encoder import CPU_TILES, TOKENS_PER_BATCH, Encoded, Outputs
+from proteus_pipeline.models.encoder import TOKENS_PER_BATCH, Encoded, Outputs
 from proteus_pipeline.models.heads import ContactHead, LanguageHead
 from proteus_pipeline.models.plan import plan_batches, plan_in_tiles, plan_tiles
 from proteus_pipeline.models.workers import Alone, Crew, Workers, do_all, thread_count, workers
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from proteus_pipeline.models.architecture import Architecture
 
 _BATCHES_EACH = 4
-_LEAST_TOKENS = 2 * CPU_TILES[-1]
+_LEAST_TILES = 2
 _TABLE_ROWS = 1024  # of a rotary table, at least
 # ESM-2 was trained with 15% of tokens chosen, 80% of those masked (esm/model/esm2.py).
 _KEPT_IN_TRAINING = 1 - 0.15 * 0.8
@@ -128,9 +128,9 @@ class Esm2Encoder:
             return
         count = thread_count()
         # Several batches for each thread, where there is work for that: the threads end at about the same time.
-        share = -(-sum(lengths) // (_BATCHES_EACH * count * CPU_TILES[-1])) * CPU_TILES[-1]
-        budget = min(token_budget, max(share, _LEAST_TOKENS))
         tiles = self._arithmetic.tiles if self._strict else self._arithmetic.tiles[-1:]
+        share = max(_LEAST_TILES, -(-sum(lengths) // (_BATCHES_EACH * count * tiles[-1])))
+        budget = min(token_budget, share * tiles[-1])
         batches = plan_in_tiles(lengths, budget, tiles)
         with workers(count) as pool:
             yield from self._on_threads(pool, run, batches)
@@ -204,13 +204,15 @@ class Esm2Encoder:
         if a.token_dropout:
             x *= _KEPT_IN_TRAINING
         place = torch.from_numpy(positions).to(self.device)
+        qkv = x.new_empty((len(tokens) + self.heads.together - 1, 3 * a.width), dtype=self._arithmetic.between)
+        qkv[len(tokens) :] = 0  # the last sequence's attention may look at them
         frequencies = {block.frequencies for block in self._blocks}
         return Batch(
             lengths,
             rows,
             tiles,
             x,
-            x.new_empty((len(tokens), 3 * a.width), dtype=self._arithmetic.between),
+            qkv,
             {f: self._table(f, max(lengths))[place] for f in frequencies},
         )  # fmt: skip
 
@@ -222,7 +224,7 @@ class Esm2Encoder:
         if not self._together:
             # The longest first: the threads that share them end at about the same time.
             order = sorted(range(len(rows)), key=lambda i: -batch.lengths[i])
-            crew.share(lambda i: attend(self.heads, batch.qkv[rows[i]], batch.context[rows[i]]), order)
+            crew.share(lambda i: attend(self.heads, batch.qkv, rows[i], batch.context[rows[i]]), order)
         else:
             attend_together(self.heads, batch.qkv, batch.context, batch.lengths)
 

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     import torch
 
 _ROOT = 0.5**0.5  # of x / sqrt(2), GELU's erf is taken
-# Columns that a thread takes in one go: no slower than all at once, and a large model's products have 4 to 16 times as many.
-_PART = 320
 _ALIGNED = 16  # columns of fp32: 64 bytes
 
 Part = Callable[[], object]
@@ -74,16 +72,18 @@ class Fp32Product(Product):
         (out,) fp32; copied.
     gelu
         Whether GELU is taken of the result.
+    columns
+        How many a thread takes in one go; 0 for all.
 
     """
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor, *, gelu: bool) -> None:
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor, *, gelu: bool, columns: int = 0) -> None:
         on_gpu = bias.is_cuda
         # torch's GELU of a CPU has a coarser erf; its own passes are fewer with the root in the product.
         self._erf, self._gelu = gelu and not on_gpu, gelu and on_gpu
         self._weight = turned(weight).t() if on_gpu else weight
         self._bias = bias * _ROOT if self._erf else bias.clone()
-        self._columns = (slice(0, len(bias)),) if on_gpu else _columns(len(bias))
+        self._columns = _in_parts(len(bias), columns or len(bias))
         self.nbytes = self._weight.nbytes + bias.nbytes
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -141,13 +141,21 @@ class PackedBf16Product(Product):
         Of the tiles to come: the layout is chosen for them.
     gelu
         Whether GELU is taken of the result.
+    weights
+        A weight is the sum of so many bf16 numbers: of two, it has 16 bits.
+    sums
+        With 2, what is added to a residual is the rounded sum and, by a second product, what rounding left of it.
 
     """
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor, rows: int, *, gelu: bool) -> None:
-        self._bias, self._rows = bias.clone(), rows
-        self._weight = self._pack(weight.bfloat16())
-        self.nbytes = 2 * weight.numel() + bias.nbytes
+    def __init__(
+        self, weight: torch.Tensor, bias: torch.Tensor, rows: int, *, gelu: bool, weights: int = 1, sums: int = 1
+    ) -> None:
+        import torch
+
+        self._bias, self._rows, self._weights, self._sums = bias.clone(), rows, weights, sums
+        self._weight = self._pack(torch.cat(_summands(weight, weights), 1))
+        self.nbytes = 2 * weights * weight.numel() + bias.nbytes
         self._then: tuple[str, list[float], str] = ("gelu", [], "none") if gelu else ("none", [], "")
 
     def _pack(self, weight: torch.Tensor) -> torch.Tensor:
@@ -169,11 +177,28 @@ class PackedBf16Product(Product):
         import torch
 
         linear = torch.ops.mkldnn._linear_pointwise  # noqa: SLF001
-        product: torch.Tensor = linear(x.bfloat16(), self._weight, self._bias, *self._then)
+        product: torch.Tensor = linear(self._taken(x), self._weight, self._bias, *self._then)
         return product if out is None else out.copy_(product)
 
     def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> None:
-        residual.add_(self(x))
+        import torch
+
+        if self._sums == 1:
+            residual.add_(self(x))
+            return
+        x = self._taken(x)
+        linear = torch.ops.mkldnn._linear_pointwise  # noqa: SLF001
+        rounded = linear(x, self._weight, None, "none", [], "")
+        # The subtraction is done with the kernel's fp32 sums.
+        left = linear.binary(x, rounded, self._weight, None, "sub")
+        residual.add_(rounded).add_(left).add_(self._bias)
+
+    def _taken(self, x: torch.Tensor) -> torch.Tensor:
+        """Return (T, in) `x` in bf16, as many times side by side as a weight has numbers."""
+        import torch
+
+        x = x.bfloat16()
+        return x if self._weights == 1 else torch.cat([x] * self._weights, 1)
 
 
 class Bf16Product(Product):
@@ -190,16 +215,20 @@ class Bf16Product(Product):
         Whether the device multiplies bf16.
     gelu
         Whether GELU is taken of the result, which then is bf16: the next product would round it in any case.
+    weights
+        A weight is the sum of so many bf16 numbers, unless the device multiplies them.
 
     """
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor, *, native: bool, gelu: bool) -> None:
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor, *, native: bool, gelu: bool, weights: int = 1) -> None:
         import torch
 
         self._native, self._gelu = native, gelu
-        self._weight, self._bias = turned(weight.bfloat16()), bias.clone()
-        if not native:
-            self._weight = self._weight.float()
+        if native:
+            self._weight = turned(weight.bfloat16())
+        else:
+            self._weight = turned(torch.stack([t.float() for t in _summands(weight, weights)]).sum(0))
+        self._bias = bias.clone()
         self.nbytes = self._weight.nbytes + bias.nbytes
         self._sums = native and weight.is_cuda and _gives_sums(torch)
 
@@ -228,6 +257,16 @@ class Bf16Product(Product):
         return product.add_(self._bias)
 
 
+def _summands(weight: torch.Tensor, count: int) -> list[torch.Tensor]:
+    """Return so many bf16 tensors whose sum is next to an fp32 one."""
+    parts: list[torch.Tensor] = []
+    left = weight
+    for _ in range(count):
+        parts.append(left.bfloat16())
+        left = left - parts[-1]
+    return parts
+
+
 def turned(weight: torch.Tensor) -> torch.Tensor:
     """Return the transpose as rows of its own: in one pass, and in memory that is touched once."""
     return weight.new_empty(weight.shape[::-1]).copy_(weight.t())
@@ -247,9 +286,9 @@ def joined(pieces: Iterable[torch.Tensor], height: int) -> torch.Tensor:
     return whole
 
 
-def _columns(outputs: int) -> tuple[slice, ...]:
-    """Return as many columns after each other as one thread takes in one go, of about equal widths."""
-    count = -(-outputs // _PART)
+def _in_parts(outputs: int, most: int) -> tuple[slice, ...]:
+    """Return columns in parts of at most so many, and of about equal widths."""
+    count = -(-outputs // most)
     width = -(-outputs // (count * _ALIGNED)) * _ALIGNED
     return tuple(slice(first, min(first + width, outputs)) for first in range(0, outputs, width))
 
@@ -262,6 +301,7 @@ def can_pack() -> bool:
         platform.machine().lower() in {"x86_64", "amd64"}
         and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and hasattr(torch.ops.mkldnn._linear_pointwise, "binary")  # noqa: SLF001
         and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
     )
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from proteus_pipeline.models.encoder import GPU_TILE, activation_bytes
+from proteus_pipeline.models.encoder import activation_bytes
+from proteus_pipeline.models.shapes import GPU_TILE
 from proteus_pipeline.models.workers import thread_count
 
 if TYPE_CHECKING:

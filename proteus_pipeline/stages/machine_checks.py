@@ -132,7 +132,7 @@ def _sizes(here: Here) -> Iterator[Check]:
 def _batches(default: int) -> Check:
     import torch
 
-    from proteus_pipeline.models.encoder import GPU_TILE
+    from proteus_pipeline.models.shapes import GPU_TILE
     from proteus_pipeline.serving.calls import Call
 
     if not torch.cuda.is_available():

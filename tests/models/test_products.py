@@ -14,8 +14,14 @@ ROWS, INPUTS, OUTPUTS = 256, 72, 40
 Make = Callable[[torch.Tensor, torch.Tensor, bool], Product]
 KINDS: dict[str, tuple[Make, torch.dtype, bool]] = {
     "fp32": (lambda w, b, gelu: Fp32Product(w, b, gelu=gelu), torch.float32, True),
+    "fp32, in parts": (lambda w, b, gelu: Fp32Product(w, b, gelu=gelu, columns=16), torch.float32, True),
     "packed bf16": (
         lambda w, b, gelu: PackedBf16Product(w, b, ROWS, gelu=gelu),
+        torch.bfloat16,
+        can_pack() and has_bf16(),
+    ),
+    "packed bf16, of finer weights and sums": (
+        lambda w, b, gelu: PackedBf16Product(w, b, ROWS, gelu=gelu, weights=2, sums=2),
         torch.bfloat16,
         can_pack() and has_bf16(),
     ),
@@ -78,7 +84,7 @@ def test_a_row_has_the_same_bits_wherever_it_stands(kind: tuple[Make, torch.dtyp
 @pytest.mark.parametrize("outputs", [32, 320, 336, 480, 960, 1280])
 def test_the_parts_of_a_product_are_it_in_any_order(outputs: int, gelu: bool):
     x, weight, bias = (torch.randn(*shape) for shape in ((48, 64), (outputs, 64), (outputs,)))
-    product = Fp32Product(weight, bias, gelu=gelu)
+    product = Fp32Product(weight, bias, gelu=gelu, columns=320)
     whole, residual = product(x), torch.randn(48, outputs)
     out, added = torch.full_like(whole, torch.nan), residual.clone()
     for part in product.parts(x, out)[::-1]:
@@ -89,6 +95,41 @@ def test_the_parts_of_a_product_are_it_in_any_order(outputs: int, gelu: bool):
         part()
     assert torch.equal(added, residual)
     assert len(product.parts(x, out)) == -(-outputs // 320)
+
+
+def _apart(product: Product, x: torch.Tensor, exact: torch.Tensor) -> float:
+    """How far what is added is from the exact product, in the root of the mean square, over that of the product."""
+    residual = torch.zeros(exact.shape)
+    product.add_to(residual, x)
+    return float((residual.double() - exact).norm() / exact.norm())
+
+
+@pytest.mark.skipif(not (can_pack() and has_bf16()), reason="this CPU has no such product")
+def test_a_second_product_adds_what_rounding_left_of_a_sum():
+    x, weight, bias = _numbers(torch.bfloat16)
+    exact = x.double() @ weight.double().t() + bias.double()
+    once, twice = (PackedBf16Product(weight, bias, ROWS, gelu=False, sums=n) for n in (1, 2))
+    assert _apart(once, x, exact) > 1e-3
+    assert _apart(twice, x, exact) < 2**-15
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_weights_of_two_numbers_are_finer(native: bool):
+    if native and not (can_pack() and has_bf16()):
+        pytest.skip("this CPU has no such product")
+    x, *_ = _numbers(torch.bfloat16)
+    weight, bias = torch.randn(OUTPUTS, INPUTS), torch.zeros(OUTPUTS)
+    exact = x.double() @ weight.double().t()
+
+    def make(weights: int) -> Product:
+        if native:
+            return PackedBf16Product(weight, bias, ROWS, gelu=False, weights=weights, sums=2)
+        return Bf16Product(weight, bias, native=False, gelu=False, weights=weights)
+
+    one, two = make(1), make(2)
+    assert _apart(one, x, exact) > 1e-3
+    assert _apart(two, x, exact) < 2**-15
+    assert two.nbytes - one.nbytes == (2 * weight.numel() if native else 0)
 
 
 def test_pieces_are_joined_in_a_copy():

@@ -1,0 +1,27 @@
+"""In which shapes an encoder computes follows from its device class."""
+
+from __future__ import annotations
+
+import pytest
+
+from proteus_pipeline.models import shapes
+
+
+@pytest.mark.parametrize(
+    ("device_class", "tiles", "columns", "keys"),
+    [
+        ("cpu/x86_64/AVX2/AuthenticAMD", (48, 96, 256), 320, 1),
+        ("cpu/x86_64/AVX2/GenuineIntel", (48, 96, 256), 320, 1),
+        ("cpu/x86_64/AVX512/AuthenticAMD", (48, 96, 256), 320, 16),
+        ("cpu/x86_64/AVX512/GenuineIntel", (48, 96, 192, 384), 960, 16),
+        ("cpu/aarch64/DEFAULT/0x41", (48, 96, 256), 320, 1),
+        ("cuda/sm_90", (4096,), 0, 1),
+    ],
+)
+def test_shapes_are_a_device_classes(
+    monkeypatch: pytest.MonkeyPatch, device_class: str, tiles: tuple[int, ...], columns: int, keys: int
+):
+    monkeypatch.setattr(shapes, "device_class", lambda _: device_class)
+    found = shapes.shapes_of("cpu")
+    assert (found.tiles, found.columns, found.keys) == (tiles, columns, keys)
+    assert found.tiles[-1] <= shapes.LARGEST_CPU_TILES[-1] or found.tiles == (shapes.GPU_TILE,)
