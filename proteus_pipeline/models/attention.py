@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from math import isfinite
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -17,12 +19,12 @@ _WORTH_A_MASK = 64
 
 @dataclass(frozen=True)
 class Heads:
-    """How a width is made of heads, in which dtype their products are taken, and how many keys at a time; 1 where it is no matter."""
+    """How a width is made of heads, in which dtype their products are taken, and in multiples of how many keys."""
 
     count: int
     width: int
     compute: torch.dtype
-    together: int = 1
+    key_multiple: int = 1
 
     def split(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return queries, keys and values of (L, 3 D) rows, each (heads, L, head_width)."""
@@ -35,36 +37,41 @@ class Heads:
         """By what a query's products are scaled: 1/sqrt(head_width)."""
         return float(self.width**-0.5)
 
-    def keys(self, length: int) -> int:
+    def padded(self, length: int) -> int:
         """Return of how many rows keys and values are taken for a sequence of so many: of some behind it too, if that is faster.
 
         >>> import torch
-        >>> heads = Heads(20, 16, torch.float32, together=16)
-        >>> [heads.keys(length) for length in (16, 30, 300, 1000)]
+        >>> heads = Heads(20, 16, torch.float32, key_multiple=16)
+        >>> [heads.padded(length) for length in (16, 30, 300, 1000)]
         [16, 32, 304, 1000]
         """
-        over = length % self.together
-        return length + self.together - over if over * _WORTH_A_MASK > length else length
+        over = length % self.key_multiple
+        return length + self.key_multiple - over if over * _WORTH_A_MASK > length else length
 
 
 def attend(heads: Heads, qkv: torch.Tensor, rows: slice, out: torch.Tensor) -> None:
     """Write one sequence's attention: of its rows among (T, 3 D) ones to (L, D) ones, which may be the queries' own.
 
-    Of the rows behind it, `Heads.keys` may take some; they are masked, and no bit depends on them, if their products with the
-    queries are finite: where they are not, weights give what is no number, and the run ends.
+    Of the rows behind it, `Heads.padded` may take some: they are masked, and no bit depends on them.
     """
     import torch
 
     length = rows.stop - rows.start
-    keys = heads.keys(length)
+    keys = heads.padded(length)
     q, k, v = (t.unsqueeze(0) for t in heads.split(qkv[rows.start : rows.start + keys]))
     mask = None
     if keys > length:
         mask = q.new_zeros((1, keys))
         mask[:, length:] = -torch.inf
-    attended = torch.nn.functional.scaled_dot_product_attention(
-        q[:, :, :length], k, v, attn_mask=mask, scale=heads.scale
+    product = partial(
+        torch.nn.functional.scaled_dot_product_attention, q[:, :, :length], attn_mask=mask, scale=heads.scale
     )
+    attended = product(k, v)
+    if keys > length and not isfinite(attended.sum()):
+        # What is no number stays so under a mask: that of the next sequence is none of this one's.
+        k, v = k.clone(), v.clone()
+        k[:, :, length:], v[:, :, length:] = 0, 0
+        attended = product(k, v)
     out.view(-1, heads.count, heads.width).copy_(attended.squeeze(0).transpose(0, 1))
 
 

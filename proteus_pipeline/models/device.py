@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
 
 _MEASURED_S = 0.5
-_FORMAT = 1
+_FORMAT = 2
 # By these a GPU is known before torch is asked: NVIDIA's driver, its boards, AMD's and WSL's.
 _GPU_SIGNS = ("/proc/driver/nvidia", "/dev/nvidiactl", "/dev/nvmap", "/dev/nvhost-ctrl-gpu", "/dev/kfd", "/dev/dxg")
 
@@ -52,14 +52,17 @@ def resolve_device(wanted: str) -> str:
 def device_class(device: str) -> str:
     """Return what decides bits on a device: instruction set and vendor of a CPU, SM version of a GPU.
 
-    The vendor counts because MKL chooses its kernels by it.
+    The vendor counts because MKL chooses its kernels by it. What a CPU multiplies bf16 with follows a plus sign: mixed and bf16 have
+    other bits with each, and so many classes are not worth a name that depends on the precision.
     """
     import torch
 
     if device.startswith("cuda"):
         major, minor = torch.cuda.get_device_capability(device)
         return f"cuda/sm_{major}{minor}"
-    return f"cpu/{platform.machine()}/{torch.backends.cpu.get_cpu_capability()}/{_cpu_vendor()}"
+    bf16 = bf16_instructions()
+    capability = torch.backends.cpu.get_cpu_capability() + (f"+{bf16}" if bf16 else "")
+    return f"cpu/{platform.machine()}/{capability}/{_cpu_vendor()}"
 
 
 def remembered_class(wanted: str, memory: Path) -> str:
@@ -153,10 +156,24 @@ def matmul_rate(device: str, dtype: torch.dtype) -> float:
     return best
 
 
+def bf16_instructions() -> str:
+    """Return by what this CPU multiplies bf16: ``AMX`` or ``BF16``, and nothing where it can't: there it is slower than fp32.
+
+    Nothing too where torch may not use AVX-512 (``ATEN_CPU_CAPABILITY``): it has bf16 attention for that alone.
+    """
+    import torch
+
+    flags = {flag for line in _cpuinfo() if line.startswith(("flags", "Features")) for flag in line.split()}
+    if "bf16" in flags:  # Arm's
+        return "BF16"
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return ""
+    return "AMX" if "amx_bf16" in flags else "BF16" if "avx512_bf16" in flags else ""
+
+
 def has_bf16() -> bool:
-    """Say whether this CPU has instructions for bf16 products: without, they are slower than fp32's."""
-    flags = {"avx512_bf16", "amx_bf16", "bf16"}  # the last is Arm's
-    return any(flags & set(line.split()) for line in _cpuinfo() if line.startswith(("flags", "Features")))
+    """Say whether this CPU has instructions for bf16 products."""
+    return bool(bf16_instructions())
 
 
 def _cpuinfo() -> list[str]:

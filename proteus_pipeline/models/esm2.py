@@ -204,7 +204,7 @@ class Esm2Encoder:
         if a.token_dropout:
             x *= _KEPT_IN_TRAINING
         place = torch.from_numpy(positions).to(self.device)
-        qkv = x.new_empty((len(tokens) + self.heads.together - 1, 3 * a.width), dtype=self._arithmetic.between)
+        qkv = x.new_empty((len(tokens) + self.heads.key_multiple - 1, 3 * a.width), dtype=self._arithmetic.between)
         qkv[len(tokens) :] = 0  # the last sequence's attention may look at them
         frequencies = {block.frequencies for block in self._blocks}
         return Batch(

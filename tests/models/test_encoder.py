@@ -64,7 +64,7 @@ def test_real_proteins_alone_and_in_any_batch_are_the_same_bits(checkpoint: Chec
 
 
 def test_every_strict_product_has_a_shape_that_only_the_proteins_length_decides(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(blocks, "shapes_of", lambda _: Shapes((48, 96, 256), 320, 16))
+    monkeypatch.setattr(blocks, "shapes_of", lambda _: Shapes((48, 96, 256), 160, 256, 16))
     # Many CPUs give the same bits for other shapes too, so that comparing bits alone would not notice.
     shapes: list[tuple[int, int]] = []
     write, add = Fp32Product._write, Fp32Product._add
@@ -81,7 +81,7 @@ def test_every_strict_product_has_a_shape_that_only_the_proteins_length_decides(
     monkeypatch.setattr(Fp32Product, "_add", watched_too)
     wide = make_checkpoint(width=160)
     tiles = {"M": 48, "M" * 46: 48, "M" * 47: 96, "M" * 94: 96, "M" * 95: 256, "MKV" * 200: 256}
-    widths = [240, 240, 160, 320, 320, 160]  # of queries, keys and values, output, and the two of the feed-forward
+    widths = [160]  # of queries, keys and values 3 parts, of the output 1, of the feed-forward 4 and 1
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         for company in ([], ["MKV" * 20], ["MKV" * 300, "MKV"]):
@@ -94,15 +94,51 @@ def test_every_strict_product_has_a_shape_that_only_the_proteins_length_decides(
                     for w in widths
                 }
                 assert set(shapes) == expected
-                counts = {rows: shapes.count((rows, 240)) for rows, _ in expected}
-                if not company:  # two blocks, two parts of one width, and as many tiles as it fills
-                    assert counts == {most: 2 * 2 * -(-(len(sequence) + 2) // most)}
-                assert all(
-                    shapes.count((rows, 160)) == n and shapes.count((rows, 320)) == n for rows, n in counts.items()
-                )
+                if not company:  # two blocks, and as many tiles as it fills
+                    assert len(shapes) == 2 * (3 + 1 + 4 + 1) * -(-(len(sequence) + 2) // most)
     shapes.clear()
     list(make_encoder(wide, numerics="tolerant").encode(["MKV"], [2]))
     assert {rows for rows, _ in shapes} == {5}
+
+
+def test_mixed_is_next_to_fp32_on_real_weights(checkpoint: Checkpoint, proteins: dict[str, str]):
+    # Random weights have no channels of large numbers, by which rounding is seen.
+    sequences = sorted(proteins.values(), key=len)[::3]
+    exact, rough = (dict(make_encoder(checkpoint, precision=p).encode(sequences, [6])) for p in ("fp32", "mixed"))
+    least = 1.0
+    for i in exact:
+        one, two = exact[i][6].astype(np.float64), rough[i][6].astype(np.float64)
+        cosines = (one * two).sum(1) / np.linalg.norm(one, axis=1) / np.linalg.norm(two, axis=1)
+        least = min(least, float(cosines.min()))
+    assert 0.9999 <= least < 1
+
+
+def test_what_a_mask_hides_behind_the_last_sequence_is_a_number(monkeypatch: pytest.MonkeyPatch):
+    made, make = [], torch.Tensor.new_empty
+
+    def of_no_numbers(self: torch.Tensor, *args: object, **options: object) -> torch.Tensor:
+        made.append(make(self, *args, **options).fill_(torch.nan))
+        return made[-1]
+
+    monkeypatch.setattr(blocks, "shapes_of", lambda _: Shapes((48, 96, 256), 320, 256, 16))
+    encoder = make_encoder(make_checkpoint(width=32))
+    monkeypatch.setattr(torch.Tensor, "new_empty", of_no_numbers)
+    qkv = encoder._start(["MKV" * 10, "M"]).qkv  # type: ignore[attr-defined]
+    assert made
+    assert qkv.shape == (48 + 15, 96)
+    assert torch.equal(qkv[48:], torch.zeros(15, 96))
+
+
+def test_a_sequence_of_no_numbers_leaves_its_neighbour_its_own(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(blocks, "shapes_of", lambda _: Shapes((48, 96, 256), 320, 256, 16))
+    spoilt = make_checkpoint(width=32)
+    encoder = make_encoder(spoilt)
+    encoder._embedding[_token_table(spoilt.architecture)[ord("X")]] = torch.nan  # type: ignore[attr-defined]
+    ((_, alone),) = encoder.encode(["M" * 27], [2])
+    for company in (["M" * 27, "X" * 26], ["X" * 26, "M" * 27]):
+        got = dict(encoder.encode(company, [2]))
+        assert same(got[company.index("M" * 27)], alone)
+        assert np.isnan(got[company.index("X" * 26)][2]).all()
 
 
 @pytest.mark.parametrize("precision", ["mixed", "bf16"])

@@ -183,7 +183,7 @@ def test_a_gpus_batch_has_no_fewer_tokens_than_the_tile_that_is_filled_up(
         return plan_batches(lengths, tokens)
 
     monkeypatch.setattr("proteus_pipeline.models.esm2.plan_batches", plan)
-    monkeypatch.setattr("proteus_pipeline.models.blocks.shapes_of", lambda _: Shapes((48, 96, 256), 0, 1))
+    monkeypatch.setattr("proteus_pipeline.models.blocks.shapes_of", lambda _: Shapes((48, 96, 256), 0, 256, 1))
     encoder = make_encoder(tiny, numerics=numerics)
     each = dict(encoder.encode(SEQUENCES, [2]))
     monkeypatch.setattr(encoder, "_on_cpu", False)

@@ -11,10 +11,10 @@ from proteus_pipeline.models import shapes
     ("device_class", "tiles", "columns", "keys"),
     [
         ("cpu/x86_64/AVX2/AuthenticAMD", (48, 96, 256), 320, 1),
-        ("cpu/x86_64/AVX2/GenuineIntel", (48, 96, 256), 320, 1),
-        ("cpu/x86_64/AVX512/AuthenticAMD", (48, 96, 256), 320, 16),
-        ("cpu/x86_64/AVX512/GenuineIntel", (48, 96, 192, 384), 960, 16),
-        ("cpu/aarch64/DEFAULT/0x41", (48, 96, 256), 320, 1),
+        ("cpu/x86_64/AVX512/GenuineIntel", (48, 96, 256), 320, 16),
+        ("cpu/x86_64/AVX512+BF16/AuthenticAMD", (48, 96, 256), 320, 16),
+        ("cpu/x86_64/AVX512+AMX/GenuineIntel", (48, 96, 192, 256, 384), 960, 16),
+        ("cpu/aarch64/DEFAULT+BF16/0x41", (48, 96, 256), 320, 1),
         ("cuda/sm_90", (4096,), 0, 1),
     ],
 )
@@ -23,5 +23,6 @@ def test_shapes_are_a_device_classes(
 ):
     monkeypatch.setattr(shapes, "device_class", lambda _: device_class)
     found = shapes.shapes_of("cpu")
-    assert (found.tiles, found.columns, found.keys) == (tiles, columns, keys)
+    assert (found.tiles, found.columns, found.key_multiple) == (tiles, columns, keys)
+    assert found.packed in found.tiles
     assert found.tiles[-1] <= shapes.LARGEST_CPU_TILES[-1] or found.tiles == (shapes.GPU_TILE,)

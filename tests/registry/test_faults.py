@@ -362,7 +362,7 @@ class Victim:
         self.process.join()
         try:
             return bool(self.here.recv() != "done")
-        except EOFError:
+        except (EOFError, ConnectionResetError):  # the latter where it had not read the word yet
             return True
 
 
