@@ -28,6 +28,7 @@ from _proteins import (
 from proteus_pipeline.models.encoder import Encoder, Outputs, make_encoder
 from proteus_pipeline.models.fair_esm import to_fair_esm
 from proteus_pipeline.models.pooling import pool
+from proteus_pipeline.stages.drift import drift
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -45,11 +46,9 @@ def cosine(exact: Encoder, rough: Encoder, proteins: list[tuple[str, str]]) -> f
     """The least cosine of a residue's two vectors."""
     last, sequences = exact.architecture.layers, [s for _, s in proteins]
     one, two = dict(exact.encode(sequences, [last])), dict(rough.encode(sequences, [last]))
-    least = 1.0
-    for i in one:
-        a, b = one[i][last].astype(np.float64), two[i][last].astype(np.float64)
-        least = min(least, float(((a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)).min()))
-    return least
+    order = sorted(one)
+    drifts = drift([proteins[i][0] for i in order], [one[i][last] for i in order], [two[i][last] for i in order])
+    return min(d.cosine for d in drifts)
 
 
 def main() -> None:

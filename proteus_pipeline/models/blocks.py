@@ -113,7 +113,7 @@ class Arithmetic:
         self._on_cpu = device == "cpu"
         self._native = not self._on_cpu or has_bf16()
         # Rounding what attention starts from and gives costs the real 8M weights a cosine of 0.998 in the worst residue, and is
-        # a third of the products; with the feed-forward's alone in bf16, of finer weights and sums, it is 0.9999.
+        # a third of the products; with the feed-forward's alone in bf16, of finer weights and sums, 99.9% have 0.9999.
         self.between = torch.bfloat16 if precision == "bf16" else torch.float32
         shapes = shapes_of(device)
         # Weights of bf16 are laid out for one number of rows.

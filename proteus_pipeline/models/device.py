@@ -53,7 +53,7 @@ def device_class(device: str) -> str:
     """Return what decides bits on a device: instruction set and vendor of a CPU, SM version of a GPU.
 
     The vendor counts because MKL chooses its kernels by it. What a CPU multiplies bf16 with follows a plus sign: mixed and bf16 have
-    other bits with each, and so many classes are not worth a name that depends on the precision.
+    other bits with each. It is named for fp32 too: a machine is of one class.
     """
     import torch
 
@@ -104,7 +104,7 @@ def _facts(wanted: str) -> dict[str, str | None] | None:
     """
     if wanted != "cpu" and any(Path(sign).exists() for sign in _GPU_SIGNS):
         return None
-    flags = next((line for line in _cpuinfo() if line.startswith("flags")), None)
+    flags = _listed("flags")
     if flags is None or platform.machine() != "x86_64":
         return None
     return {
@@ -163,7 +163,7 @@ def bf16_instructions() -> str:
     """
     import torch
 
-    flags = {flag for line in _cpuinfo() if line.startswith(("flags", "Features")) for flag in line.split()}
+    flags = (_listed("flags", "Features") or "").split()
     if "bf16" in flags:  # Arm's
         return "BF16"
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
@@ -183,8 +183,11 @@ def _cpuinfo() -> list[str]:
         return []
 
 
+def _listed(*names: str) -> str | None:
+    """Return what the system lists of the first core under one of these names; None where it does not."""
+    return next((line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith(names)), None)
+
+
 def _cpu_vendor() -> str:
-    for line in _cpuinfo():
-        if line.startswith(("vendor_id", "CPU implementer")):
-            return line.partition(":")[2].strip()
-    return platform.processor() or "unknown"
+    vendor = _listed("vendor_id", "CPU implementer")
+    return (platform.processor() or "unknown") if vendor is None else vendor

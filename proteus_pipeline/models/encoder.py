@@ -207,8 +207,8 @@ def make_encoder(
         The tensors; they may be memory-mapped.
     precision
         ``fp32``; ``mixed``: bf16 matrix products with fp32 between them, but for what attention starts from and gives:
-        fp32 on a CPU, and fp16 in a GPU's attention (of 112,543 residues, 101 had a cosine to fp32's below 0.9999 by
-        the 8M, the least 0.99976); ``bf16``: all but norms' statistics and rotation in bf16.
+        fp32 on a CPU, and fp16 in a GPU's attention (on a CPU with AMX, 101 of 112,543 residues of the 8M had a cosine to
+        fp32's below 0.9999, the least 0.99976); ``bf16``: all but norms' statistics and rotation in bf16.
     numerics
         ``strict``: bit-identical on one device class whatever the batch, order and thread count; ``tolerant``: the shapes
         of the moment, and results that are apart by rounding.

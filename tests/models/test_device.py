@@ -108,23 +108,3 @@ def test_what_is_no_device_is_refused_though_another_is_remembered(tmp_path: Pat
     remembered_class("cpu", memory)
     with pytest.raises(ConfigError, match=r"runtime\.device is 'tpu'"):
         remembered_class("tpu", memory)
-
-
-@pytest.mark.parametrize(
-    ("capability", "flags", "expected"),
-    [
-        ("AVX512", "flags : avx512f avx512_bf16 amx_bf16", "AMX"),
-        ("AVX512", "flags : avx512f avx512_bf16", "BF16"),
-        ("AVX512", "flags : avx512f", ""),
-        ("AVX2", "flags : avx512f avx512_bf16 amx_bf16", ""),
-        ("DEFAULT", "Features : fp asimd bf16", "BF16"),
-    ],
-)
-def test_what_multiplies_bf16_is_of_the_class(
-    monkeypatch: pytest.MonkeyPatch, capability: str, flags: str, expected: str
-):
-    monkeypatch.setattr(device, "_cpuinfo", lambda: [flags, "vendor_id : Maker"])
-    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
-    assert device.has_bf16() == bool(expected)
-    middle = capability + (f"+{expected}" if expected else "")
-    assert device_class("cpu").endswith(f"/{middle}/Maker")

@@ -25,6 +25,7 @@ from proteus_pipeline.models.esm2 import _token_table
 from proteus_pipeline.models.pooling import pool
 from proteus_pipeline.models.products import Fp32Product
 from proteus_pipeline.models.shapes import Shapes
+from proteus_pipeline.stages.drift import drift
 
 GOLDEN = ROOT / "tests" / "models" / "golden_embeddings.json"
 SHORT = ("MKTAYIAKQRQISFVKSHFSRQLEERLGLIEVQ", "M", "GSHMENKWRLVVAPPXXLLDE")
@@ -64,7 +65,7 @@ def test_real_proteins_alone_and_in_any_batch_are_the_same_bits(checkpoint: Chec
 
 
 def test_every_strict_product_has_a_shape_that_only_the_proteins_length_decides(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(blocks, "shapes_of", lambda _: Shapes((48, 96, 256), 160, 256, 16))
+    monkeypatch.setattr(blocks, "shapes_of", lambda _: Shapes((48, 96, 256), 320, 256, 16))
     # Many CPUs give the same bits for other shapes too, so that comparing bits alone would not notice.
     shapes: list[tuple[int, int]] = []
     write, add = Fp32Product._write, Fp32Product._add
@@ -81,7 +82,7 @@ def test_every_strict_product_has_a_shape_that_only_the_proteins_length_decides(
     monkeypatch.setattr(Fp32Product, "_add", watched_too)
     wide = make_checkpoint(width=160)
     tiles = {"M": 48, "M" * 46: 48, "M" * 47: 96, "M" * 94: 96, "M" * 95: 256, "MKV" * 200: 256}
-    widths = [160]  # of queries, keys and values 3 parts, of the output 1, of the feed-forward 4 and 1
+    widths = [240, 240, 160, 320, 320, 160]  # of queries, keys and values, output, and the two of the feed-forward
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         for company in ([], ["MKV" * 20], ["MKV" * 300, "MKV"]):
@@ -94,22 +95,28 @@ def test_every_strict_product_has_a_shape_that_only_the_proteins_length_decides(
                     for w in widths
                 }
                 assert set(shapes) == expected
-                if not company:  # two blocks, and as many tiles as it fills
-                    assert len(shapes) == 2 * (3 + 1 + 4 + 1) * -(-(len(sequence) + 2) // most)
+                counts = {rows: shapes.count((rows, 240)) for rows, _ in expected}
+                if not company:  # two blocks, two parts of one width, and as many tiles as it fills
+                    assert counts == {most: 2 * 2 * -(-(len(sequence) + 2) // most)}
+                assert all(
+                    shapes.count((rows, 160)) == n and shapes.count((rows, 320)) == n for rows, n in counts.items()
+                )
     shapes.clear()
     list(make_encoder(wide, numerics="tolerant").encode(["MKV"], [2]))
     assert {rows for rows, _ in shapes} == {5}
+    monkeypatch.setattr(blocks, "shapes_of", lambda _: Shapes((64,), 160, 64, 1))
+    shapes.clear()
+    list(make_encoder(wide).encode(["MKV"], [2]))
+    assert set(shapes) == {(64, 160)}  # the tiles and the columns of the device class
 
 
 def test_mixed_is_next_to_fp32_on_real_weights(checkpoint: Checkpoint, proteins: dict[str, str]):
     # Random weights have no channels of large numbers, by which rounding is seen.
     sequences = sorted(proteins.values(), key=len)[::3]
     exact, rough = (dict(make_encoder(checkpoint, precision=p).encode(sequences, [6])) for p in ("fp32", "mixed"))
-    least = 1.0
-    for i in exact:
-        one, two = exact[i][6].astype(np.float64), rough[i][6].astype(np.float64)
-        cosines = (one * two).sum(1) / np.linalg.norm(one, axis=1) / np.linalg.norm(two, axis=1)
-        least = min(least, float(cosines.min()))
+    order = range(len(sequences))
+    drifts = drift([str(i) for i in order], [exact[i][6] for i in order], [rough[i][6] for i in order])
+    least = min(d.cosine for d in drifts)
     assert 0.9999 <= least < 1
 
 

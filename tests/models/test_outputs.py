@@ -189,6 +189,7 @@ def test_a_gpus_batch_has_no_fewer_tokens_than_the_tile_that_is_filled_up(
     monkeypatch.setattr(encoder, "_on_cpu", False)
     assert dict(encoder.encode(SEQUENCES, [2], budget)).keys() == each.keys()
     assert asked == [planned]
+    assert encoder._arithmetic.tiles[-1] == 256  # type: ignore[attr-defined]
 
 
 def test_flops_are_counted_as_the_formula_says(tiny: Checkpoint):

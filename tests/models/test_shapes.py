@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from proteus_pipeline.models import shapes
+from proteus_pipeline.models import device, shapes
 
 
 @pytest.mark.parametrize(
@@ -26,3 +26,23 @@ def test_shapes_are_a_device_classes(
     assert (found.tiles, found.columns, found.key_multiple) == (tiles, columns, keys)
     assert found.packed in found.tiles
     assert found.tiles[-1] <= shapes.LARGEST_CPU_TILES[-1] or found.tiles == (shapes.GPU_TILE,)
+
+
+@pytest.mark.parametrize(
+    ("capability", "flags", "expected"),
+    [
+        ("AVX512", "flags : avx512f avx512_bf16 amx_bf16", "AMX"),
+        ("AVX512", "flags : avx512f avx512_bf16", "BF16"),
+        ("AVX512", "flags : avx512f", ""),
+        ("AVX2", "flags : avx512f avx512_bf16 amx_bf16", ""),
+        ("DEFAULT", "Features : fp asimd bf16", "BF16"),
+    ],
+)
+def test_what_multiplies_bf16_is_of_the_class(
+    monkeypatch: pytest.MonkeyPatch, capability: str, flags: str, expected: str
+):
+    monkeypatch.setattr(device, "_cpuinfo", lambda: [flags, "vendor_id : Maker"])
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
+    assert device.has_bf16() == bool(expected)
+    middle = capability + (f"+{expected}" if expected else "")
+    assert device.device_class("cpu").endswith(f"/{middle}/Maker")
